@@ -1,0 +1,64 @@
+"""The pluggy hooks: they make things by name, then plain methods do the work.
+
+A plugin is a module or object registered under the entry-point group ``trtserve`` with the name ``KIND.NAME``
+(``engine.torch``, ``policy.random``); kinds: engine, mode, policy, launcher, transfer. Only the plugins that a process
+needs are imported, by that name, so listing plugins imports none of them. Each implements the hook of its kind and
+returns None for names that are not its own. Heavy libraries are imported inside the hook's function.
+"""
+
+from __future__ import annotations
+
+import pluggy
+from pydantic import BaseModel
+
+from trtserve.plugins.api import (
+    Engine,
+    EngineConfig,
+    KVTransfer,
+    Launcher,
+    Mode,
+    ModeConfig,
+    PolicyConfig,
+    RoutingPolicy,
+)
+
+GROUP = "trtserve"
+
+hookspec = pluggy.HookspecMarker(GROUP)
+hookimpl = pluggy.HookimplMarker(GROUP)
+
+
+@hookspec(firstresult=True)
+def make_engine(name: str, config: EngineConfig) -> Engine | None:
+    """An engine, not yet started; called in the worker process only. config.options has passed `options_model`."""
+
+
+@hookspec(firstresult=True)
+def make_mode(name: str, config: ModeConfig) -> Mode | None:
+    """A serving mode."""
+
+
+@hookspec(firstresult=True)
+def make_policy(name: str, config: PolicyConfig) -> RoutingPolicy | None:
+    """A routing policy."""
+
+
+@hookspec(firstresult=True)
+def make_launcher(name: str) -> Launcher | None:
+    """Something that starts worker processes."""
+
+
+@hookspec(firstresult=True)
+def make_transfer(name: str) -> KVTransfer | None:
+    """A way to move KV blocks between workers."""
+
+
+@hookspec(firstresult=True)
+def missing(kind: str, name: str) -> str | None:
+    """Why `name` cannot be used here, in one line that says what to install; None if it can. Imports nothing heavy."""
+
+
+@hookspec(firstresult=True)
+def options_model(kind: str, name: str) -> type[BaseModel] | None:
+    """The pydantic model of the plugin's own options (`--engine-options`), each field with bounds and a description.
+    A plugin without one takes no options."""

@@ -1,0 +1,154 @@
+"""Finds plugins by name, loads only those that are asked for, and explains the ones that cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any, TypeVar
+
+import pluggy
+from pydantic import BaseModel, ValidationError
+
+from trtserve.plugins import hooks
+from trtserve.plugins.api import (
+    Engine,
+    EngineConfig,
+    Launcher,
+    Mode,
+    ModeConfig,
+    PolicyConfig,
+    RoutingPolicy,
+)
+
+_Made = TypeVar("_Made")
+
+KINDS = ("mode", "engine", "policy", "transfer", "launcher")
+
+PLANNED = {
+    "mode.disagg": "disaggregated serving",
+    "policy.kv": "KV-aware routing",
+    "engine.tensorrt_llm": "the TensorRT-LLM engine",
+    "transfer.shm": "KV transfer through shared memory",
+    "transfer.ucx": "KV transfer over UCX",
+    "transfer.nixl": "KV transfer over NIXL",
+    "transfer.cupy_ipc": "KV transfer between the GPUs of a node",
+}
+"""Names that the documentation promises and this version does not have yet."""
+
+
+class PluginError(Exception):
+    """A plugin is not there, cannot be used here, or was given bad options; the text says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class PluginStatus:
+    """One line of `trtserve plugins`."""
+
+    kind: str
+    name: str
+    package: str  # the distribution it comes from
+    problem: str | None  # why it cannot be used, or None
+
+
+class PluginManager:
+    """One per process. Listing imports nothing; `make_*` import the one plugin they need."""
+
+    def __init__(self) -> None:
+        self._found: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=hooks.GROUP)}
+        self._manager = pluggy.PluginManager(hooks.GROUP)
+        self._manager.add_hookspecs(hooks)
+
+    def names(self, kind: str) -> list[str]:
+        return sorted(name.partition(".")[2] for name in self._found if name.startswith(f"{kind}."))
+
+    def statuses(self) -> list[PluginStatus]:
+        """Every plugin that is installed, with what is missing for it."""
+        rows = []
+        for kind in KINDS:
+            for name in self.names(kind):
+                point = self._found[f"{kind}.{name}"]
+                package = point.dist.name if point.dist is not None else "?"
+                rows.append(PluginStatus(kind, name, package, self.problem(kind, name)))
+        return rows
+
+    def problem(self, kind: str, name: str) -> str | None:
+        """Why the plugin cannot be used here, in one line; None if it can."""
+        try:
+            self._load(kind, name)
+        except PluginError as error:
+            return str(error)
+        missing: str | None = self._manager.hook.missing(kind=kind, name=name)
+        return missing
+
+    def make_engine(self, name: str, config: EngineConfig) -> Engine:
+        self._require("engine", name)
+        engine: Engine | None = self._manager.hook.make_engine(name=name, config=config)
+        return _made(engine, "engine", name)
+
+    def make_mode(self, name: str, config: ModeConfig) -> Mode:
+        self._require("mode", name)
+        mode: Mode | None = self._manager.hook.make_mode(name=name, config=config)
+        return _made(mode, "mode", name)
+
+    def make_policy(self, name: str, config: PolicyConfig) -> RoutingPolicy:
+        self._require("policy", name)
+        policy: RoutingPolicy | None = self._manager.hook.make_policy(name=name, config=config)
+        return _made(policy, "policy", name)
+
+    def make_launcher(self, name: str) -> Launcher:
+        self._require("launcher", name)
+        launcher: Launcher | None = self._manager.hook.make_launcher(name=name)
+        return _made(launcher, "launcher", name)
+
+    def check_options(self, kind: str, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options with defaults filled in and values converted. Raises PluginError naming every bad one."""
+        self._require(kind, name)
+        model: type[BaseModel] | None = self._manager.hook.options_model(kind=kind, name=name)
+        if model is None:
+            if options:
+                raise PluginError(f"{kind} {name} takes no options, got {', '.join(sorted(options))}")
+            return {}
+        try:
+            return model.model_validate(dict(options)).model_dump()
+        except ValidationError as error:
+            problems = [
+                f"  {kind}-options.{'.'.join(map(str, item['loc']))}: {item['msg']} (got {item['input']!r:.100})"
+                for item in error.errors(include_url=False)
+            ]
+            raise PluginError(f"bad options for {kind} {name}:\n" + "\n".join(problems)) from None
+
+    def require(self, kind: str, name: str) -> None:
+        """Raises PluginError unless the plugin is installed and usable here."""
+        self._require(kind, name)
+
+    def _require(self, kind: str, name: str) -> None:
+        problem = self.problem(kind, name)
+        if problem is not None:
+            raise PluginError(problem)
+
+    def _load(self, kind: str, name: str) -> None:
+        full_name = f"{kind}.{name}"
+        if self._manager.has_plugin(full_name):
+            return
+        point = self._found.get(full_name)
+        if point is None:
+            raise PluginError(self._unknown(kind, name))
+        try:
+            plugin = point.load()
+            self._manager.register(plugin, full_name)
+        except Exception as error:  # a foreign plugin may raise anything while it is imported
+            raise PluginError(f"{kind} {name} cannot be loaded: {type(error).__name__}: {error}") from error
+
+    def _unknown(self, kind: str, name: str) -> str:
+        there = ", ".join(self.names(kind)) or "none"
+        planned = PLANNED.get(f"{kind}.{name}")
+        if planned is not None:
+            return f"{kind} {name} is not available: {planned} is not part of this version; there are: {there}"
+        return f"there is no {kind} {name!r}; there are: {there}"
+
+
+def _made(made: _Made | None, kind: str, name: str) -> _Made:
+    if made is None:
+        raise PluginError(f"the plugin {kind}.{name} did not make anything for its own name")
+    return made

@@ -1,0 +1,35 @@
+"""Each request to the worker with the fewest booked tokens: prompt and longest possible output of what it runs."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+
+from trtserve.plugins.api import HeldRequest, PolicyConfig, RequestId, RoutingPolicy, WorkerId, WorkerView
+from trtserve.plugins.hooks import hookimpl
+
+
+class LeastLoaded:
+    """Exact load, since bookings are exact; ties go to the lowest worker id."""
+
+    def assign(
+        self, held: Sequence[HeldRequest], workers: Sequence[WorkerView], now_s: float
+    ) -> Sequence[tuple[RequestId, WorkerId]]:
+        heap = [(view.booked_tokens, view.worker_id, view.free_slots) for view in workers if view.free_slots > 0]
+        heapq.heapify(heap)
+        assignments = []
+        for waiting in held:
+            if not heap:
+                break
+            tokens, worker_id, free = heapq.heappop(heap)
+            assignments.append((waiting.request.id, worker_id))
+            if free > 1:
+                request = waiting.request
+                more = len(request.prompt) + request.sampling.max_tokens
+                heapq.heappush(heap, (tokens + more, worker_id, free - 1))
+        return assignments
+
+
+@hookimpl
+def make_policy(name: str, config: PolicyConfig) -> RoutingPolicy | None:
+    return LeastLoaded() if name == "least_loaded" else None

@@ -1,0 +1,179 @@
+"""Fill the settings in: flags > environment > YAML file > defaults, all errors at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, PydanticBaseSettingsSource
+
+from trtserve.settings.schema import Settings, WorkerSettings
+
+ALIASES = {
+    "max-model-len": "max-seq-len",
+    "max-batch-size": "max-num-seqs",
+    "max-num-batched-tokens": "max-num-tokens",
+    "tokens-per-block": "block-size",
+    "kv-block-size": "block-size",
+    "engine-option": "engine-options",
+    "router-option": "router-options",
+    "backend": "engine",
+}
+"""Other servers' names for the same things, so that a command line can be pasted."""
+
+PREFIX = "TRTSERVE_"
+
+SECRETS = ("api-key", "worker-token")
+"""Never accepted as flags: every user of the machine can read a command line."""
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+class SettingsError(Exception):
+    """The settings are wrong; the text names every bad field, its value and its limit."""
+
+
+def load_settings(model: type[AnySettings], arguments: Sequence[str]) -> AnySettings:
+    """`arguments` without the program's and the subcommand's name; the environment is os.environ.
+
+    Raises SettingsError, or SystemExit for --help and for flags that do not exist (exit code 2, as argparse has it).
+    """
+    flags, config_path = _take_config(normalise(arguments))
+    config_path = config_path or os.environ.get("TRTSERVE_CONFIG")
+    from_file = read_yaml(Path(config_path)) if config_path else {}
+    layered = _with_sources(model, flags, from_file)
+    unknown = _unknown_variables()
+    try:
+        settings = layered()  # type: ignore[call-arg]  # the sources bring the fields
+    except ValidationError as error:
+        raise SettingsError("\n".join(_heading([*describe(error, config_path), *unknown]))) from None
+    if unknown:
+        raise SettingsError("\n".join(_heading(unknown)))
+    return settings
+
+
+def _unknown_variables() -> list[str]:
+    """A misspelt variable must not be ignored. Variables of the project's own tests are left alone."""
+    known = {name.upper() for name in WorkerSettings.model_fields} | {"CONFIG"}
+    names = (name for name in os.environ if name.upper().startswith(PREFIX) and not name.startswith(f"{PREFIX}TEST_"))
+    return [
+        f"  {name}: no such setting (environment variable)"
+        for name in sorted(names)
+        if name.upper().removeprefix(PREFIX).partition("__")[0] not in known
+    ]
+
+
+def _heading(lines: list[str]) -> list[str]:
+    return [f"{len(lines)} bad setting{'s' if len(lines) > 1 else ''}:", *lines]
+
+
+def normalise(arguments: Sequence[str]) -> list[str]:
+    """`--Served_Model-name=x` → `--served-model-name=x`, aliases resolved, secrets refused."""
+    flags: list[str] = []
+    for position, argument in enumerate(arguments):
+        if argument == "--":
+            return [*flags, *arguments[position:]]
+        if not argument.startswith("--"):
+            flags.append(argument)
+            continue
+        name, equals, value = argument[2:].partition("=")
+        name = name.replace("_", "-")
+        name = ALIASES.get(name, name)
+        if name in SECRETS:
+            variable = "TRTSERVE_" + name.replace("-", "_").upper()
+            raise SettingsError(f"--{name}: secrets do not belong on a command line; use --{name}-file or {variable}")
+        flags.append(f"--{name}{equals}{value}")
+    return flags
+
+
+def _take_config(flags: list[str]) -> tuple[list[str], str | None]:
+    rest: list[str] = []
+    path = None
+    pending = iter(flags)
+    for flag in pending:
+        if flag == "--config":
+            path = next(pending, None)
+            if path is None:
+                raise SettingsError("--config: needs the path of a YAML file")
+        elif flag.startswith("--config="):
+            path = flag.removeprefix("--config=")
+        else:
+            rest.append(flag)
+    return rest, path
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping with the flags' names as keys. Raises SettingsError."""
+    try:
+        content = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise SettingsError(f"--config {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--config {path}: not YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise SettingsError(f"--config {path}: must hold a mapping of settings, not a {type(content).__name__}")
+    return {_field_name(str(key)): value for key, value in content.items()}
+
+
+def _field_name(key: str) -> str:
+    dashed = key.replace("_", "-")
+    return ALIASES.get(dashed, dashed).replace("-", "_")
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    """The YAML file's content, read before."""
+
+    def __init__(self, model: type[BaseSettings], content: dict[str, Any]) -> None:
+        super().__init__(model)
+        self._content = content
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        return self._content.get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        return self._content
+
+
+def _with_sources(model: type[AnySettings], flags: list[str], from_file: dict[str, Any]) -> type[AnySettings]:
+    """The model with its sources bound to one command line and one file."""
+
+    class Layered(model):  # type: ignore[valid-type, misc]
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            command_line: CliSettingsSource[Any] = CliSettingsSource(
+                settings_cls, cli_parse_args=flags, cli_prog_name="trtserve", cli_exit_on_error=True
+            )
+            return command_line, EnvSettingsSource(settings_cls), _FileSource(settings_cls, from_file)
+
+    Layered.__name__ = model.__name__
+    Layered.__doc__ = model.__doc__
+    return Layered
+
+
+def describe(error: ValidationError, config_path: str | None) -> list[str]:
+    """Every bad field on a line of its own: path, what is wrong, the value that was given."""
+    lines = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"]).replace("_", "-") or "settings"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"  {path}: no such setting{f' (in {config_path}?)' if config_path else ''}")
+        elif item["type"] == "missing":
+            lines.append(f"  {path}: is required")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            value = "" if item["loc"] == () or "secret" in item["type"] else f" (got {item['input']!r:.100})"
+            lines.append(f"  {path}: {message}{value}")
+    return lines

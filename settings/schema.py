@@ -1,0 +1,120 @@
+"""Every setting, with its unit, bounds and default. Data only; `trtserve.settings.load` fills it in.
+
+Flags, environment variables (`TRTSERVE_` + the name) and YAML keys are the field names; ``-`` and ``_`` are alike.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, StringConstraints, model_validator
+from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
+
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length=64)]
+"""The name of a plugin."""
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class Settings(BaseSettings):
+    """The whole deployment: what is served, by which workers, and how."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="TRTSERVE_",
+        env_nested_delimiter="__",
+        extra="forbid",
+        frozen=True,
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_avoid_json=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
+
+    # What is served
+    model: CliPositionalArg[str] = Field(
+        DEFAULT_MODEL, min_length=1, description="a Hugging Face folder, a hub id, or the alias of the default model"
+    )
+    served_model_name: str | None = Field(
+        None, min_length=1, max_length=256, description="the name that clients use; default: MODEL's last part"
+    )
+    cache_dir: Path | None = Field(None, description="where fetched models are kept; default: XDG cache/trtserve")
+
+    # Shape of the deployment
+    mode: Name = Field("agg", description="agg or disagg, or a plugin's")
+    engine: Name = Field("torch", description="torch, sim or tensorrt_llm, or a plugin's")
+    router: Name = Field("least_loaded", description="round_robin, random, least_loaded or kv, or a plugin's")
+    transfer: Name = Field("auto", description="how KV moves between workers: auto, shm, ucx, nixl or cupy_ipc")
+    launcher: Name = Field("local", description="what starts worker processes")
+    workers: int = Field(1, ge=0, le=1024, description="aggregated workers; 0: they are started by hand")
+    prefill_workers: int = Field(1, ge=1, le=1024, description="prefill workers (mode disagg)")
+    decode_workers: int = Field(1, ge=1, le=1024, description="decode workers (mode disagg)")
+
+    # Engines
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="weights and KV cache")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
+    num_blocks: int | None = Field(None, ge=1, le=2**31 - 1, description="KV blocks of a worker")
+    kv_cache_gib: float | None = Field(None, gt=0, le=4096, description="KV memory of a worker, GiB")
+    max_num_seqs: int = Field(256, ge=1, le=65_536, description="sequences that a worker runs at once")
+    max_num_tokens: int = Field(512, ge=1, le=1_048_576, description="tokens in one pass of a worker")
+    max_seq_len: int | None = Field(None, ge=2, le=16_777_216, description="prompt and output tokens of one sequence")
+    enable_prefix_caching: bool = Field(True, description="reuse the KV of equal prompt beginnings")
+    seed: int = Field(0, ge=0, le=2**63 - 1, description="of engines and policies where a request gives none")
+    engine_options: dict[str, Any] = Field({}, description="the engine's own options, name=value")
+    router_options: dict[str, Any] = Field({}, description="the routing policy's own options, name=value")
+
+    # HTTP
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
+    port: int = Field(8000, ge=0, le=65_535, description="0: any free port")
+    api_key: SecretStr | None = Field(None, description="from the environment only: TRTSERVE_API_KEY")
+    api_key_file: Path | None = Field(None, description="file with one API key a line")
+    max_body_mib: float = Field(32, gt=0, le=1024, description="largest request body, MiB")
+    max_header_kib: float = Field(64, ge=1, le=1024, description="largest request head, KiB")
+    keep_alive_timeout: Seconds = Field(75, description="seconds an idle connection stays open")
+    request_timeout: Seconds = Field(600, description="seconds from arrival to the end of an answer")
+    max_buffered_kib: float = Field(1024, ge=16, le=1_048_576, description="unsent output of one slow client, KiB")
+    unknown_params: Literal["reject", "warn", "ignore"] = Field("warn", description="unknown fields in a body")
+    chat_template: Path | None = Field(None, description="file with a chat template to use instead of the model's")
+    max_logprobs: int = Field(20, ge=0, le=100, description="most alternatives per token that a client may ask for")
+
+    # Admission
+    max_queued_requests: int = Field(1024, ge=0, le=10_000_000, description="waiting for a worker; more get 503")
+    max_queued_tokens: int = Field(8_000_000, ge=1, description="prompt tokens of those; more get 503")
+
+    # Workers
+    worker_endpoint: str | None = Field(
+        None, pattern=r"^(ipc|tcp)://", description="ZeroMQ address for workers; default: ipc in a private folder"
+    )
+    worker_token: SecretStr | None = Field(None, description="from the environment only: TRTSERVE_WORKER_TOKEN")
+    worker_token_file: Path | None = Field(
+        None, description="file with the secret that workers started by hand show; default: a new one"
+    )
+    worker_start_timeout: Seconds = Field(1800, description="seconds from start to ready")
+    worker_silence_timeout: Seconds = Field(10, description="seconds without a heartbeat until a worker is lost")
+    worker_stall_timeout: Seconds = Field(120, description="seconds without a step, with work pending, until lost")
+    log_dir: Path | None = Field(None, description="where workers' logs stay; default: a private folder, removed")
+
+    # Process
+    shutdown_timeout: float = Field(30, ge=0, le=86_400, description="seconds for running requests after SIGTERM")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of the server and workers")
+    dry_run: bool = Field(False, description="print the settings and the plan of processes and ports, start nothing")
+
+    @model_validator(mode="after")
+    def _one_block_source(self) -> Settings:
+        if self.num_blocks is not None and self.kv_cache_gib is not None:
+            raise ValueError("num_blocks and kv_cache_gib both say how large the KV cache is; give one of them")
+        return self
+
+
+class WorkerSettings(Settings):
+    """A worker's settings: the server's, and where it belongs."""
+
+    connect: str = Field(pattern=r"^(ipc|tcp)://", description="ZeroMQ address of the server")
+    worker_id: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$", description="its name, such as agg-0")
+    role: Literal["agg", "prefill", "decode"] = Field("agg", description="what it does for requests")
+    parent_pid: int | None = Field(None, ge=1, description="end when this process, its parent, ends")
+    connect_timeout: Seconds = Field(60, description="seconds to wait for the server's answer")

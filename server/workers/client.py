@@ -1,0 +1,208 @@
+"""The server's view of one worker: what was submitted to it, what it reported, whether it is well."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from trtserve.plugins.api import (
+    EngineInfo,
+    Finish,
+    FinishReason,
+    OutputSink,
+    Request,
+    RequestId,
+    Role,
+    TokenLogprob,
+    WorkerId,
+    WorkerLoad,
+)
+from trtserve.server.errors import WorkerLost
+from trtserve.server.workers import wire
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerState(StrEnum):
+    STARTING = "starting"  # no process, or one that loads
+    READY = "ready"
+    GONE = "gone"  # ended or given up; a restart makes it STARTING
+
+
+@dataclass(slots=True)
+class _Run:
+    """One submitted request: where its tokens go and who waits for its end."""
+
+    sink: OutputSink
+    ended: asyncio.Future[Finish]
+
+
+class WorkerClient:
+    """Submits requests to one worker and hands their tokens on. Lives on the event loop; survives restarts.
+
+    `send` is bound to the connection of the present incarnation by the pool. A token costs a dictionary lookup and a
+    call of its sink; the tasks that wait are woken at the end only.
+    """
+
+    def __init__(self, worker_id: WorkerId, role: Role) -> None:
+        self.worker_id = worker_id
+        self.role = role
+        self.state = WorkerState.STARTING
+        self.phase = "not started"
+        self.info: EngineInfo | None = None
+        self.load = WorkerLoad()
+        self.steps = 0
+        self.last_heard_s = self.last_step_s = time.monotonic()
+        self.restarts = 0
+        self._runs: dict[int, _Run] = {}
+        self._cancelled: set[int] = set()
+        self._send: Callable[[wire.ToWorker], bool] | None = None
+
+    # -------------------------------------------------------------- connection, driven by the pool
+
+    def connected(self, send: Callable[[wire.ToWorker], bool]) -> None:
+        """A new incarnation said hello."""
+        self._send = send
+        self.steps = 0
+        self.load = WorkerLoad()
+        self.heard()
+
+    def ready(self, info: EngineInfo) -> None:
+        self.info = info
+        self.state = WorkerState.READY
+        self.phase = "ready"
+        self.last_step_s = time.monotonic()
+
+    def gone(self, reason: str) -> None:
+        """The process has ended or is given up: every request on it fails now, with that reason. Idempotent."""
+        self.state = WorkerState.GONE
+        self.phase = reason
+        self._send = None
+        self._cancelled.clear()
+        runs, self._runs = self._runs, {}
+        for run in runs.values():
+            if not run.ended.done():
+                run.ended.set_exception(WorkerLost(f"worker {self.worker_id} was lost: {reason}"))
+                run.ended.exception()  # retrieved: nobody may be waiting any more
+
+    def heard(self) -> None:
+        self.last_heard_s = time.monotonic()
+
+    def send(self, message: wire.ToWorker) -> bool:
+        """False when there is no connection or the worker does not read."""
+        return self._send is not None and self._send(message)
+
+    # -------------------------------------------------------------- requests
+
+    @property
+    def num_running(self) -> int:
+        """Requests submitted whose end has not been reported; cancelled ones that the worker still holds included."""
+        return len(self._runs) + len(self._cancelled)
+
+    async def run(self, request: Request, sink: OutputSink) -> Finish:
+        """Submit and wait for the end. Cancelling this call cancels the request on the worker.
+
+        Raises WorkerLost when the worker is not there or dies.
+        """
+        ended: asyncio.Future[Finish] = asyncio.get_running_loop().create_future()
+        if not self.num_running:
+            self.last_step_s = time.monotonic()
+        if self.state is not WorkerState.READY or not self.send(wire.submit_of(request)):
+            raise WorkerLost(f"worker {self.worker_id} is not reachable: {self.phase}")
+        self._runs[request.id] = _Run(sink, ended)
+        try:
+            return await ended
+        finally:
+            if self._runs.pop(request.id, None) is not None:
+                self._cancelled.add(request.id)
+                self.send(wire.Cancel(request.id))
+
+    # -------------------------------------------------------------- what the worker reports
+
+    def on_heartbeat(self, message: wire.Heartbeat) -> None:
+        self.load = message.load
+        if message.steps != self.steps:
+            self._advanced(message.steps)
+
+    def on_step(self, step: wire.Step) -> None:
+        """Hot: runs once per engine step, its inner loop once per row."""
+        self._advanced(step.number)
+        self.load = step.load
+        details = self._before_tokens(step.details) if step.details else None
+        token_ids: list[int] = memoryview(step.token_ids).cast("i").tolist()
+        request_ids: list[int] = memoryview(step.request_ids).cast("Q").tolist()
+        runs = self._runs
+        if step.counts or details:
+            self._push_rows(request_ids, step.counts, token_ids, details or {})
+        else:
+            for request_id, token_id in zip(request_ids, token_ids, strict=True):
+                run = runs.get(request_id)
+                if run is not None:
+                    run.sink.push((token_id,), None)
+        for detail in step.details:
+            if detail.finish_reason is not None:
+                self._finish(detail, FinishReason(detail.finish_reason))
+
+    def _advanced(self, steps: int) -> None:
+        self.steps = steps
+        self.last_step_s = time.monotonic()
+
+    def _before_tokens(self, details: Sequence[wire.Detail]) -> dict[int, tuple[TokenLogprob, ...]]:
+        logprobs = {}
+        for detail in details:
+            run = self._runs.get(detail.request_id)
+            if run is None:
+                continue
+            if detail.cached_tokens is not None:
+                run.sink.cached(detail.cached_tokens)
+            if detail.logprobs is not None:
+                logprobs[int(detail.request_id)] = detail.logprobs
+        return logprobs
+
+    def _push_rows(
+        self,
+        request_ids: list[int],
+        packed_counts: bytes,
+        token_ids: list[int],
+        logprobs: dict[int, tuple[TokenLogprob, ...]],
+    ) -> None:
+        counts = memoryview(packed_counts).cast("H").tolist() if packed_counts else [1] * len(request_ids)
+        start = 0
+        for request_id, count in zip(request_ids, counts, strict=True):
+            run = self._runs.get(request_id)
+            if run is not None:
+                run.sink.push(token_ids[start : start + count], logprobs.get(request_id))
+            start += count
+
+    def _finish(self, detail: wire.Detail, reason: FinishReason) -> None:
+        self._cancelled.discard(detail.request_id)
+        run = self._runs.pop(detail.request_id, None)
+        if run is not None and not run.ended.done():
+            run.ended.set_result(Finish(reason, detail.stop_token_id, detail.error, detail.kv_handle))
+
+    def stop(self, request_id: RequestId) -> bool:
+        """End a request early on the server's word; False when it does not run here."""
+        run = self._runs.pop(request_id, None)
+        if run is None:
+            return False
+        self._cancelled.add(request_id)
+        self.send(wire.Cancel(request_id))
+        if not run.ended.done():
+            run.ended.set_result(Finish(FinishReason.STOP))
+        return True
+
+    # -------------------------------------------------------------- health
+
+    def trouble(self, now_s: float, silence_limit_s: float, stall_limit_s: float) -> str | None:
+        """What is wrong with a ready worker, in words; None if all is well. now_s: time.monotonic()."""
+        if self.state is not WorkerState.READY:
+            return None
+        if now_s - self.last_heard_s > silence_limit_s:
+            return f"no heartbeat for {now_s - self.last_heard_s:.0f} s"
+        if self.num_running and now_s - self.last_step_s > stall_limit_s:
+            return f"alive, but its engine made no step for {now_s - self.last_step_s:.0f} s with work pending"
+        return None

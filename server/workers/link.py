@@ -1,0 +1,110 @@
+"""The server's one ZeroMQ socket: a ROUTER that all workers connect to.
+
+The raw socket is read from the event loop's reader callback until it is empty, which costs less than zmq.asyncio's
+future per message. ZeroMQ's file descriptor is edge-triggered: it says "something changed", once. So whoever touches
+the socket, to send as well, must look afterwards whether messages are waiting; `_drain_soon` does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+import zmq
+
+from trtserve.server.workers import wire
+
+logger = logging.getLogger(__name__)
+
+_MESSAGES_PER_TURN = 256
+"""After so many messages other tasks get their turn."""
+
+_SEND_QUEUE = 10_000
+"""Messages ZeroMQ holds for one worker. It is full only when the worker has stopped reading; `send` then says so."""
+
+
+class Link:
+    """Owns the socket. Use as a context manager inside the loop that is to read it.
+
+    `on_message(identity, message)` and then, once per wake-up, `on_drained()` are called on the loop; the identity is
+    what ZeroMQ calls the peer and what `send` takes.
+    """
+
+    def __init__(
+        self,
+        endpoint: str,
+        on_message: Callable[[bytes, wire.FromWorker], None],
+        on_drained: Callable[[], None],
+    ) -> None:
+        """`endpoint`: a ZeroMQ address to bind, ipc:// or tcp:// (port ``*`` for any)."""
+        self._on_message = on_message
+        self._on_drained = on_drained
+        self._endpoint = endpoint
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.ROUTER)
+
+    def __enter__(self) -> Self:
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._socket.setsockopt(zmq.SNDHWM, _SEND_QUEUE)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
+        self._socket.bind(self._endpoint)
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket.fileno(), self._drain)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._loop.remove_reader(self._socket.fileno())
+        self._socket.close()
+        self._context.destroy(linger=0)
+
+    @property
+    def endpoint(self) -> str:
+        """The address to connect to, with the port that was chosen."""
+        return self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def send(self, identity: bytes, message: wire.ToWorker) -> bool:
+        """False when the worker is not connected or has stopped reading: it is as good as dead."""
+        try:
+            self._socket.send_multipart((identity, wire.encode(message)), flags=zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            return False
+        finally:
+            self._drain_soon()
+        return True
+
+    def _drain_soon(self) -> None:
+        if int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            self._loop.call_soon(self._drain)
+
+    def _drain(self) -> None:
+        if self._socket.closed:
+            return
+        received = 0
+        while received < _MESSAGES_PER_TURN:
+            try:
+                frames = self._socket.recv_multipart(flags=zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            received += 1
+            self._dispatch(frames)
+        if received:
+            self._on_drained()
+            self._drain_soon()
+
+    def _dispatch(self, frames: list[bytes]) -> None:
+        try:
+            identity, payload = frames
+            message = wire.decode_from_worker(payload)
+        except ValueError as error:
+            logger.warning("dropped a message that does not decode: %s", error)
+            return
+        self._on_message(identity, message)

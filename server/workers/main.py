@@ -1,0 +1,81 @@
+"""The worker process: settings to an engine, and the engine to the server."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+from importlib.metadata import version
+from pathlib import Path
+
+from trtserve.plugins.api import Engine, EngineConfig, Role, WorkerId
+from trtserve.plugins.fingerprint import model_fingerprint, tokenizer_fingerprint
+from trtserve.plugins.manager import PluginManager
+from trtserve.server.workers import wire
+from trtserve.server.workers.orphan import die_with_parent
+from trtserve.server.workers.token import worker_token
+from trtserve.server.workers.worker import Worker, WorkerIdentity
+from trtserve.settings.schema import WorkerSettings
+
+
+def run_worker(settings: WorkerSettings) -> int:
+    """Run until the server or a signal ends it; returns the exit code."""
+    if settings.parent_pid is not None:
+        die_with_parent(settings.parent_pid)
+    manager = PluginManager()
+    options = manager.check_options("engine", settings.engine, settings.engine_options)
+    model_path = _model_path(settings)
+    config = engine_config(settings, model_path, options)
+
+    def make_engine() -> Engine:
+        return manager.make_engine(settings.engine, config)
+
+    worker = Worker(_identity(settings, model_path), make_engine)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: worker.stop())
+    return worker.run()
+
+
+def engine_config(settings: WorkerSettings, model_path: Path, options: dict[str, object]) -> EngineConfig:
+    """The part of the settings that an engine is made of."""
+    return EngineConfig(
+        model_path=str(model_path),
+        role=Role(settings.role),
+        dtype=settings.dtype,
+        device=settings.device,
+        block_size=settings.block_size,
+        num_blocks=settings.num_blocks,
+        kv_cache_gib=settings.kv_cache_gib,
+        max_num_seqs=settings.max_num_seqs,
+        max_num_tokens=settings.max_num_tokens,
+        max_seq_len=settings.max_seq_len,
+        enable_prefix_caching=settings.enable_prefix_caching,
+        seed=settings.seed,
+        options=options,
+    )
+
+
+def _identity(settings: WorkerSettings, model_path: Path) -> WorkerIdentity:
+    hello = wire.Hello(
+        wire_version=wire.WIRE_VERSION,
+        worker_id=WorkerId(settings.worker_id),
+        incarnation=secrets.randbits(63),
+        token=worker_token(settings),
+        pid=os.getpid(),
+        role=Role(settings.role),
+        engine=settings.engine,
+        model_fingerprint=model_fingerprint(model_path),
+        tokenizer_fingerprint=tokenizer_fingerprint(model_path),
+        trtserve_version=version("trtserve"),
+    )
+    return WorkerIdentity(hello, settings.connect, settings.connect_timeout)
+
+
+def _model_path(settings: WorkerSettings) -> Path:
+    path = Path(settings.model).expanduser()
+    if path.is_dir():
+        return path
+    # Started by hand, perhaps on another machine: find the model as the server does.
+    from trtserve.server.model.resolve import resolve_model
+
+    return resolve_model(settings.model, settings.cache_dir).path

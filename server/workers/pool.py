@@ -1,0 +1,152 @@
+"""All workers, by id: who may join, and which connection belongs to whom."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from trtserve.plugins.api import EngineInfo, Role, WorkerId
+from trtserve.server.workers import wire
+from trtserve.server.workers.client import WorkerClient, WorkerState
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a worker must agree with, so that a mismatch is an error and never a wrong answer."""
+
+    token: str
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    max_seq_len: int | None = None
+
+
+class PoolListener(Protocol):
+    """Who wants to know when capacity comes and goes (the router)."""
+
+    def worker_ready(self, client: WorkerClient) -> None: ...
+
+    def worker_gone(self, client: WorkerClient) -> None: ...
+
+
+class WorkerPool:
+    """Checks hellos, routes messages to clients, and tells the listener of workers that come and go."""
+
+    def __init__(self, expectation: Expectation, listener: PoolListener) -> None:
+        self._expectation = expectation
+        self._listener = listener
+        self._clients: dict[WorkerId, WorkerClient] = {}
+        self._by_identity: dict[bytes, WorkerClient] = {}
+        self._send: Callable[[bytes, wire.ToWorker], bool] = _not_connected
+
+    def attach(self, send: Callable[[bytes, wire.ToWorker], bool]) -> None:
+        """The link to answer over."""
+        self._send = send
+
+    def add(self, worker_id: WorkerId, role: Role) -> WorkerClient:
+        """Expect a worker of that id."""
+        client = WorkerClient(worker_id, role)
+        self._clients[worker_id] = client
+        return client
+
+    def __iter__(self) -> Iterator[WorkerClient]:
+        return iter(self._clients.values())
+
+    def __getitem__(self, worker_id: WorkerId) -> WorkerClient:
+        return self._clients[worker_id]
+
+    def gone(self, client: WorkerClient, reason: str) -> None:
+        """A worker has ended or is given up. Fails its requests, then tells the listener. Idempotent."""
+        was_ready = client.state is WorkerState.READY
+        for identity in [key for key, value in self._by_identity.items() if value is client]:
+            del self._by_identity[identity]
+        client.gone(reason)
+        if was_ready:
+            self._listener.worker_gone(client)
+
+    # -------------------------------------------------------------- messages
+
+    def on_message(self, identity: bytes, message: wire.FromWorker) -> None:
+        """Called by the link for every message, on the loop."""
+        if isinstance(message, wire.Hello):
+            self._hello(identity, message)
+            return
+        client = self._by_identity.get(identity)
+        if client is None:
+            logger.debug("ignored a message of a former worker %r", identity)
+            return
+        client.heard()
+        match message:
+            case wire.Step():
+                client.on_step(message)
+            case wire.Heartbeat():
+                client.on_heartbeat(message)
+            case wire.Progress():
+                client.phase = message.phase
+                logger.info("%s: %s", client.worker_id, message.phase)
+            case wire.Ready():
+                self._ready(identity, client, message.info)
+            case wire.Failed():
+                self.gone(client, message.reason)
+
+    def _hello(self, identity: bytes, hello: wire.Hello) -> None:
+        reason = self._objection(hello)
+        if reason is not None:
+            logger.error("refused worker %s: %s", hello.worker_id, reason)
+            self._send(identity, wire.Refused(reason))
+            return
+        client = self._clients.get(hello.worker_id) or self.add(hello.worker_id, hello.role)
+        if client.state is WorkerState.READY:
+            self.gone(client, "another process took its place")
+        client.state = WorkerState.STARTING
+        self._by_identity[identity] = client
+        client.connected(partial(self._send, identity))
+        self._send(identity, wire.Welcome())
+
+    def _objection(self, hello: wire.Hello) -> str | None:
+        want = self._expectation
+        if hello.wire_version != wire.WIRE_VERSION:
+            return (
+                f"it speaks wire version {hello.wire_version} (trtserve {hello.trtserve_version}), the server "
+                f"{wire.WIRE_VERSION}; install the same trtserve on both"
+            )
+        if not hmac.compare_digest(hello.token.encode(), want.token.encode()):
+            return "its token is not this server's; pass the server's token file"
+        if hello.model_fingerprint != want.model_fingerprint:
+            return f"it has model {hello.model_fingerprint}, the server {want.model_fingerprint}"
+        if hello.tokenizer_fingerprint != want.tokenizer_fingerprint:
+            return f"it has tokenizer {hello.tokenizer_fingerprint}, the server {want.tokenizer_fingerprint}"
+        client = self._clients.get(hello.worker_id)
+        if client is not None and client.role is not hello.role:
+            return f"it is a {hello.role} worker, {hello.worker_id} is a {client.role} worker"
+        return None
+
+    def _ready(self, identity: bytes, client: WorkerClient, info: EngineInfo) -> None:
+        for other in self._clients.values():
+            if other is not client and other.info is not None and other.info.block_size != info.block_size:
+                reason = (
+                    f"its KV blocks hold {info.block_size} tokens, those of {other.worker_id} {other.info.block_size}; "
+                    "prefix routing needs one size"
+                )
+                logger.error("refused worker %s: %s", client.worker_id, reason)
+                self._send(identity, wire.Refused(reason))
+                return
+        client.ready(info)
+        logger.info(
+            "%s: ready, %d KV blocks of %d tokens, %d sequences at once, %d tokens each",
+            client.worker_id,
+            info.num_blocks,
+            info.block_size,
+            info.max_num_seqs,
+            info.max_seq_len,
+        )
+        self._listener.worker_ready(client)
+
+
+def _not_connected(identity: bytes, message: wire.ToWorker) -> bool:
+    return False

@@ -1,0 +1,280 @@
+"""Every message between the server and a worker, and their bytes. `docs/wire.md` tells the same in prose.
+
+One ZeroMQ message is one msgpack array, of a tagged union (msgspec checks types while decoding; nothing is ever
+unpickled and no class is looked up by name). Token ids are packed int32, request ids and block hashes packed uint64,
+all little-endian. A change here changes `WIRE_VERSION` and docs/wire.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import msgspec
+
+from trtserve.plugins.api import (
+    BlockHash,
+    EngineInfo,
+    KVCleared,
+    KVEvent,
+    KVHandle,
+    KVRemoved,
+    KVStored,
+    Output,
+    PassStats,
+    Request,
+    RequestId,
+    Role,
+    SamplingParams,
+    StepOutputs,
+    TokenIds,
+    TokenLogprob,
+    WorkerId,
+    WorkerLoad,
+)
+
+WIRE_VERSION = 1
+
+MAX_MESSAGE_BYTES = 64 * 2**20
+"""Either side closes the connection of a peer that sends more."""
+
+assert sys.byteorder == "little", "the packed arrays on the wire are little-endian"
+assert array("i").itemsize == 4 and array("Q").itemsize == 8
+
+
+# ------------------------------------------------------------------ worker -> server
+
+
+class Hello(msgspec.Struct, tag="hello", frozen=True, array_like=True):
+    """First message of a worker, before it loads anything, so that a mismatch costs no time."""
+
+    wire_version: int
+    worker_id: WorkerId
+    incarnation: int  # random, new for every process
+    token: str  # proves that this worker was started for this server
+    pid: int
+    role: Role
+    engine: str
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    trtserve_version: str
+
+
+class Progress(msgspec.Struct, tag="progress", frozen=True, array_like=True):
+    """What start-up is doing, for people."""
+
+    phase: str
+
+
+class Ready(msgspec.Struct, tag="ready", frozen=True, array_like=True):
+    """The engine has generated a real token; requests may come."""
+
+    info: EngineInfo
+
+
+class Heartbeat(msgspec.Struct, tag="alive", frozen=True, array_like=True):
+    """Sent every second by the thread that owns the socket. `steps` that stand still while requests are open mean a
+    hung engine in a living process."""
+
+    steps: int
+    load: WorkerLoad
+
+
+class Stored(msgspec.Struct, tag="stored", frozen=True, array_like=True):
+    parent: BlockHash | None
+    hashes: bytes  # uint64[num_blocks]
+
+
+class Removed(msgspec.Struct, tag="removed", frozen=True, array_like=True):
+    hashes: bytes  # uint64[num_blocks]
+
+
+class Cleared(msgspec.Struct, tag="cleared", frozen=True, array_like=True):
+    pass
+
+
+WireEvent: TypeAlias = Stored | Removed | Cleared
+
+
+class Detail(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
+    """What is rare about one request's output in a step. `logprobs` belong to the tokens of the same step."""
+
+    request_id: RequestId
+    finish_reason: str | None = None  # a FinishReason
+    cached_tokens: int | None = None
+    stop_token_id: int | None = None
+    error: str | None = None
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    kv_handle: KVHandle | None = None
+
+
+class Step(msgspec.Struct, tag="step", frozen=True, array_like=True):
+    """All that one engine step gave. Row i of the packed arrays is one request; the tokens of all rows follow one
+    another. Empty `counts`: one token a row, the usual case."""
+
+    number: int  # grows by one a step within an incarnation
+    request_ids: bytes  # uint64[num_rows]
+    counts: bytes  # uint16[num_rows], or empty
+    token_ids: bytes  # int32[sum of counts]
+    details: tuple[Detail, ...]
+    load: WorkerLoad
+    first_event: int  # number of events[0]; counts every event of the incarnation, so that a gap is seen
+    events: tuple[WireEvent, ...]
+    stats: PassStats | None
+
+
+class Failed(msgspec.Struct, tag="failed", frozen=True, array_like=True):
+    """The last words of a worker that cannot go on; it exits right after."""
+
+    reason: str
+
+
+FromWorker: TypeAlias = Hello | Progress | Ready | Heartbeat | Step | Failed
+
+
+# ------------------------------------------------------------------ server -> worker
+
+
+class Welcome(msgspec.Struct, tag="welcome", frozen=True, array_like=True):
+    """Hello accepted: load the engine."""
+
+
+class Refused(msgspec.Struct, tag="refused", frozen=True, array_like=True):
+    """Hello or Ready not accepted; the worker prints the reason and exits without being restarted."""
+
+    reason: str
+
+
+class Submit(msgspec.Struct, tag="submit", frozen=True, array_like=True):
+    request_id: RequestId
+    prompt: bytes  # int32[num_prompt_tokens]
+    sampling: SamplingParams
+    eos_token_ids: tuple[int, ...]
+    cache_salt: str = ""
+
+
+class Cancel(msgspec.Struct, tag="cancel", frozen=True, array_like=True):
+    request_id: RequestId
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", frozen=True, array_like=True):
+    """End now: the server has finished or given up what was running."""
+
+
+ToWorker: TypeAlias = Welcome | Refused | Submit | Cancel | Shutdown
+
+_encoder = msgspec.msgpack.Encoder()
+_from_worker = msgspec.msgpack.Decoder(FromWorker)
+_to_worker = msgspec.msgpack.Decoder(ToWorker)
+
+
+class WireError(ValueError):
+    """A message that does not decode: another version, or not one of ours."""
+
+
+def encode(message: FromWorker | ToWorker) -> bytes:
+    return _encoder.encode(message)
+
+
+def decode_from_worker(data: bytes) -> FromWorker:
+    try:
+        return _from_worker.decode(data)  # type: ignore[no-any-return]  # a union is not a type object
+    except msgspec.DecodeError as error:
+        raise WireError(str(error)) from error
+
+
+def decode_to_worker(data: bytes) -> ToWorker:
+    try:
+        return _to_worker.decode(data)  # type: ignore[no-any-return]
+    except msgspec.DecodeError as error:
+        raise WireError(str(error)) from error
+
+
+# ------------------------------------------------------------------ domain <-> messages
+
+
+def submit_of(request: Request) -> Submit:
+    return Submit(request.id, request.prompt.tobytes(), request.sampling, request.eos_token_ids, request.cache_salt)
+
+
+def request_of(message: Submit) -> Request:
+    """Raises WireError where the packed prompt is not a whole, non-empty number of token ids."""
+    if not message.prompt or len(message.prompt) % 4:
+        raise WireError(f"a prompt of {len(message.prompt)} bytes is not a non-empty array of int32")
+    return Request(
+        message.request_id,
+        token_ids_of(message.prompt),
+        message.sampling,
+        message.eos_token_ids,
+        cache_salt=message.cache_salt,
+    )
+
+
+def token_ids_of(packed: bytes) -> TokenIds:
+    ids = array("i")
+    ids.frombytes(packed)
+    return ids
+
+
+def step_of(number: int, first_event: int, outputs: StepOutputs) -> Step:
+    """Pack one engine step."""
+    request_ids, counts, token_ids = array("Q"), array("H"), array("i")
+    details = []
+    for output in outputs.outputs:
+        if output.token_ids:
+            request_ids.append(output.request_id)
+            counts.append(len(output.token_ids))
+            token_ids.extend(output.token_ids)
+        if _has_detail(output):
+            details.append(_detail_of(output))
+    one_each = len(token_ids) == len(request_ids)
+    return Step(
+        number,
+        request_ids.tobytes(),
+        b"" if one_each else counts.tobytes(),
+        token_ids.tobytes(),
+        tuple(details),
+        outputs.load,
+        first_event,
+        tuple(event_of(event) for event in outputs.events),
+        outputs.stats,
+    )
+
+
+def _has_detail(output: Output) -> bool:
+    return (
+        output.finish_reason is not None
+        or output.cached_tokens is not None
+        or output.logprobs is not None
+        or output.kv_handle is not None
+    )
+
+
+def _detail_of(output: Output) -> Detail:
+    return Detail(
+        output.request_id,
+        None if output.finish_reason is None else output.finish_reason.value,
+        output.cached_tokens,
+        output.stop_token_id,
+        output.error,
+        output.logprobs,
+        output.kv_handle,
+    )
+
+
+def event_of(event: KVEvent) -> WireEvent:
+    match event:
+        case KVStored():
+            return Stored(event.parent, array("Q", [block.hash for block in event.blocks]).tobytes())
+        case KVRemoved():
+            return Removed(array("Q", event.hashes).tobytes())
+        case KVCleared():
+            return Cleared()
+
+
+def hashes_of(packed: bytes) -> Sequence[BlockHash]:
+    hashes = array("Q")
+    hashes.frombytes(packed)
+    return hashes  # type: ignore[return-value]  # an array of ints is a sequence of hashes

@@ -1,0 +1,71 @@
+"""Reading a request's body within its limit, and answering with bytes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+
+from trtserve.server.api.stream import Receive, Scope, Send, find_path
+from trtserve.server.errors import BodyTooLarge, RequestCancelled
+
+_DRAIN_FACTOR = 8
+_DRAIN_TIMEOUT_S = 5.0
+
+
+async def read_body(scope: Scope, receive: Receive, send: Send, max_bytes: int) -> bytes:
+    """The whole body. Raises BodyTooLarge past max_bytes, RequestCancelled when the client leaves meanwhile.
+
+    What follows of a body that is too large is read and thrown away for a while, since hypercorn's queue would
+    otherwise fill and hold up the connection; a client that goes on for too long is cut off.
+    """
+    parts: list[bytes] = []
+    received = 0
+    announced = next((int(value) for name, value in scope["headers"] if name == b"content-length"), 0)
+    while announced <= max_bytes:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise RequestCancelled("the client left while sending its request")
+        part = message.get("body", b"")
+        received += len(part)
+        if received > max_bytes:
+            break
+        if part:
+            parts.append(part)
+        if not message.get("more_body", False):
+            return parts[0] if len(parts) == 1 else b"".join(parts)
+    await _drain(receive, send, _DRAIN_FACTOR * max_bytes)
+    raise BodyTooLarge(
+        f"The request body has {max(announced, received)} bytes or more and the limit is {max_bytes}; send less, or "
+        "start the server with a larger --max-body-mib."
+    )
+
+
+async def _drain(receive: Receive, send: Send, max_bytes: int) -> None:
+    received = 0
+    try:
+        async with asyncio.timeout(_DRAIN_TIMEOUT_S):
+            while received <= max_bytes:
+                message = await receive()
+                received += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        pass
+    path = find_path(send)
+    if path is not None:
+        path.transport.abort()
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+async def answer(
+    send: Send,
+    status: int,
+    content: bytes,
+    content_type: bytes = b"application/json",
+    headers: Iterable[tuple[bytes, bytes]] = (),
+) -> None:
+    """A complete answer with a length."""
+    head = [(b"content-type", content_type), (b"content-length", b"%d" % len(content)), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": head})
+    await send({"type": "http.response.body", "body": content, "more_body": False})

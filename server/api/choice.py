@@ -1,0 +1,151 @@
+"""One generated sequence on its way to a client: tokens in, text out, as events or as a whole."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from trtserve.plugins.api import Finish, FinishReason, TokenLogprob
+from trtserve.server.errors import EngineFailed, Internal, RequestCancelled, ServeError
+from trtserve.server.text.text_stream import TextStream
+
+logger = logging.getLogger(__name__)
+
+
+class Emit(Protocol):
+    """Takes the new text of a choice, with the log probabilities of the tokens that came meanwhile."""
+
+    def __call__(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob]) -> None: ...
+
+
+class Choice:
+    """The OutputSink of one sequence.
+
+    Tokens are collected while the worker's socket is drained and turned into text once after it (`Flusher`), so that
+    tokens which are there at once become one event. Stop strings end the run through `stop`.
+    """
+
+    __slots__ = (
+        "_emit",
+        "_fail",
+        "_flusher",
+        "_logprobs",
+        "_num_logprobs",
+        "_pending",
+        "_stop",
+        "_text",
+        "cached_tokens",
+        "finish_reason",
+        "first_token_s",
+        "index",
+        "last_token_s",
+        "stop_reason",
+    )
+
+    def __init__(
+        self,
+        index: int,
+        text: TextStream,
+        flusher: Flusher,
+        emit: Emit,
+        stop: Callable[[], None],
+        fail: Callable[[ServeError], None],
+    ) -> None:
+        """`stop` ends the sequence's run early; `fail` ends the whole request."""
+        self.index = index
+        self.cached_tokens = 0
+        self.first_token_s = 0.0  # time.monotonic(), 0: none yet
+        self.last_token_s = 0.0
+        self.finish_reason: str | None = None  # OpenAI's word, once ended
+        self.stop_reason: str | int | None = None
+        self._text = text
+        self._flusher = flusher
+        self._emit = emit
+        self._stop = stop
+        self._fail = fail
+        self._pending: list[int] = []
+        self._logprobs: list[TokenLogprob] = []
+        self._num_logprobs = 0  # given out
+
+    @property
+    def num_tokens(self) -> int:
+        """Generated tokens that the client is told of: up to the stop string, if one was met."""
+        return self._text.num_tokens_used
+
+    # -------------------------------------------------------------- OutputSink
+
+    def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None) -> None:
+        if not self._pending:
+            self._flusher.dirty.append(self)
+        self._pending += token_ids
+        if logprobs:
+            self._logprobs += logprobs
+
+    def cached(self, num_tokens: int) -> None:
+        self.cached_tokens = num_tokens
+
+    # -------------------------------------------------------------- text
+
+    def flush(self, now_s: float) -> None:
+        """Turn the collected tokens into text; called by the flusher."""
+        if not self.first_token_s:
+            self.first_token_s = now_s
+        self.last_token_s = now_s
+        pending, self._pending = self._pending, []
+        if self.stop_reason is not None:
+            return  # the text is over; the worker has not heard of it yet
+        text = self._text.push(pending)
+        if self._logprobs:
+            self._emit_logprobs(text)
+        elif text:
+            self._emit(self, text, ())
+        if self._text.stop_string is not None:
+            self.stop_reason = self._text.stop_string
+            self._stop()
+
+    def _emit_logprobs(self, text: str) -> None:
+        logprobs, self._logprobs = self._logprobs, []
+        # Tokens behind the one that completed a stop string are not part of the answer.
+        logprobs = logprobs[: self.num_tokens - self._num_logprobs]
+        self._num_logprobs += len(logprobs)
+        self._emit(self, text, logprobs)
+
+    def fail(self, error: Exception) -> None:
+        """Turning tokens into text failed: a defect here, which must not hurt other requests."""
+        logger.error("a choice could not be emitted", exc_info=error)
+        self._fail(Internal())
+
+    def end(self, finish: Finish) -> None:
+        """Give out the rest of the text. Raises what the client must be told if the engine did not end it well."""
+        if finish.reason is FinishReason.ERROR:
+            raise EngineFailed(finish.error or "the engine gave up on this request")
+        if finish.reason is FinishReason.CANCELLED:
+            raise RequestCancelled("the worker cancelled this request")
+        if self.stop_reason is None:
+            if self._pending:
+                self.flush(time.monotonic())
+            rest = self._text.finish()
+            if rest:
+                self._emit(self, rest, ())
+            self.stop_reason = self._text.stop_string if self._text.stop_string is not None else finish.stop_token_id
+        self.finish_reason = (
+            "length" if finish.reason is FinishReason.LENGTH and self._text.stop_string is None else "stop"
+        )
+
+
+class Flusher:
+    """The choices with tokens that are not text yet. One per server; the link calls `flush` after every drain."""
+
+    def __init__(self) -> None:
+        self.dirty: list[Choice] = []
+
+    def flush(self) -> None:
+        dirty, self.dirty = self.dirty, []
+        now_s = time.monotonic()
+        for choice in dirty:
+            try:
+                choice.flush(now_s)
+            except Exception as error:  # one request's defect stays its own
+                choice.fail(error)

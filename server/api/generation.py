@@ -1,0 +1,301 @@
+"""POST /v1/chat/completions and /v1/completions: one request from its body to the last byte of its answer.
+
+Both are plain ASGI applications, since Starlette's request and response objects cost more than the rest of a small
+request. What differs between them is how prompts come from the body (`Prompts`) and how objects look (`Shape`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from trtserve.plugins.api import Request, TokenIds
+from trtserve.server.api.body import answer, read_body
+from trtserve.server.api.choice import Choice, Emit
+from trtserve.server.api.parameters import GenerationParams, ignored_header, max_tokens_for, to_sampling_params
+from trtserve.server.api.rendering import DONE, ChunkRenderer, Envelope, Shape, Usage, WholeAnswer
+from trtserve.server.api.serving import Serving, request_id_of
+from trtserve.server.api.stream import DisconnectWatch, EventStream, Headers, Receive, Scope, Send, open_stream
+from trtserve.server.errors import Internal, RequestCancelled, RequestTimedOut, ServeError, body
+from trtserve.server.requests import LiveRequest
+from trtserve.server.text.text_stream import TextStream
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A parsed body with its prompts as tokens."""
+
+    params: GenerationParams
+    prompts: Sequence[TokenIds]
+    shape: Shape
+
+
+Prepare = Callable[[bytes, Serving], Awaitable[Prepared]]
+
+
+class GenerationEndpoint:
+    """An ASGI application for one path."""
+
+    def __init__(self, serving: Serving, name: str, id_prefix: str, prepare: Prepare) -> None:
+        """`name` labels the metrics; `prepare` turns a body into prompts."""
+        self._serving = serving
+        self._name = name
+        self._id_prefix = id_prefix
+        self._prepare = prepare
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started_s = time.monotonic()
+        request_id = request_id_of(scope)
+        headers = [(b"x-request-id", request_id.encode())]
+        status = 499
+        try:
+            status = await self._guarded(scope, receive, send, request_id, headers)
+        except ServeError as error:
+            status = error.status
+            if not isinstance(error, ClientGone):
+                await answer_error(send, error, headers)
+        finally:
+            metrics = self._serving.metrics
+            metrics.requests.labels(self._name, str(status)).inc()
+            metrics.duration.observe(time.monotonic() - started_s)
+
+    async def _guarded(self, scope: Scope, receive: Receive, send: Send, request_id: str, headers: Headers) -> int:
+        """Turns everything that can go wrong into a ServeError; returns the status of an answer that was sent."""
+        serving = self._serving
+        try:
+            serving.keys.check(scope)
+            with serving.live.enter(request_id) as live:
+                try:
+                    raw = await read_body(scope, receive, send, serving.limits.max_body_bytes)
+                    async with DisconnectWatch(receive, send, self._on_disconnect(live)) as watch:
+                        return await self._answer(raw, request_id, send, headers, live, watch)
+                except asyncio.CancelledError:
+                    raise _reason_of(live) from None
+        except ServeError:
+            raise
+        except Exception as error:
+            logger.exception("request %s failed", request_id)
+            raise Internal() from error
+
+    def _on_disconnect(self, live: LiveRequest) -> Callable[[], None]:
+        def left() -> None:
+            self._serving.metrics.disconnects.inc()
+            live.cancel(ClientGone("the client left"))
+
+        return left
+
+    async def _answer(
+        self,
+        raw: bytes,
+        request_id: str,
+        send: Send,
+        headers: Headers,
+        live: LiveRequest,
+        watch: DisconnectWatch,
+    ) -> int:
+        prepared = await self._prepare(raw, self._serving)
+        if prepared.params.ignored:
+            names = ignored_header(prepared.params.ignored)
+            logger.warning("request %s: ignored unknown parameters: %s", request_id, names)
+            headers.append((b"x-trtserve-ignored-params", names.encode()))
+        envelope = Envelope.new(f"{self._id_prefix}{request_id}", self._serving.model.name)
+        generation = Generation(self._serving, prepared, live)
+        if not prepared.params.stream:
+            whole = WholeAnswer(envelope, prepared.shape)
+            await generation.run(whole.emit, _ignore_end)
+            watch.stop()
+            content = whole.body(generation.choices, generation.usage())
+            await answer(send, 200, content, headers=headers)
+            return 200
+        return await self._stream(envelope, generation, send, headers, watch)
+
+    async def _stream(
+        self, envelope: Envelope, generation: Generation, send: Send, headers: Headers, watch: DisconnectWatch
+    ) -> int:
+        params = generation.prepared.params
+        usage_so_far = generation.usage if params.continuous_usage_stats else None
+        renderer = ChunkRenderer(envelope, generation.prepared.shape, params.include_usage, usage_so_far)
+        stream = open_stream(
+            send, [*_SSE_HEADERS, *headers], generation.too_slow, self._serving.limits.max_buffered_bytes
+        )
+        async with stream:
+            status = 200
+            try:
+                await generation.run(
+                    lambda choice, text, logprobs: stream.write(renderer.text(choice, text, logprobs)),
+                    generation.end_writer(stream, renderer),
+                )
+            except asyncio.CancelledError:
+                status = _write_error(stream, _reason_of(generation.live))
+            except ServeError as error:
+                status = _write_error(stream, error)
+            watch.stop()
+            await stream.end()
+        return status
+
+
+class ClientGone(RequestCancelled):
+    """Nobody is there to be told."""
+
+
+_SSE_HEADERS: Headers = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+OnEnd = Callable[[Choice, bool], None]
+"""Called for each choice that ended; the flag says that it was the last one."""
+
+
+class Generation:
+    """The sequences of one request: every choice of every prompt, run at once."""
+
+    def __init__(self, serving: Serving, prepared: Prepared, live: LiveRequest) -> None:
+        self.serving = serving
+        self.prepared = prepared
+        self.live = live
+        self.choices: list[Choice] = []
+        self._arrival_s = time.monotonic()
+
+    async def run(self, emit: Emit, on_end: OnEnd) -> None:
+        """Run them all to their end. Raises a ServeError, having cancelled the others, when one fails."""
+        requests = self._requests()
+        self.choices = [self._choice(index, request, emit) for index, request in enumerate(requests)]
+        try:
+            async with asyncio.timeout(self.serving.limits.request_timeout_s):
+                if len(requests) == 1:
+                    await self._run_one(requests[0], self.choices[0], on_end)
+                else:
+                    await self._run_many(requests, on_end)
+        except TimeoutError:
+            raise RequestTimedOut(
+                f"The answer took longer than {self.serving.limits.request_timeout_s:g} s; ask for fewer tokens, or "
+                "start the server with a longer --request-timeout."
+            ) from None
+        finally:
+            self._count()
+
+    async def _run_many(self, requests: Sequence[Request], on_end: OnEnd) -> None:
+        try:
+            async with asyncio.TaskGroup() as group:
+                for request, choice in zip(requests, self.choices, strict=True):
+                    group.create_task(self._run_one(request, choice, on_end))
+        except ExceptionGroup as failures:
+            raise next(
+                (error for error in failures.exceptions if isinstance(error, ServeError)), failures.exceptions[0]
+            ) from failures
+
+    async def _run_one(self, request: Request, choice: Choice, on_end: OnEnd) -> None:
+        finish = await self.serving.mode.run(request, choice, self.serving.cluster)
+        choice.end(finish)
+        self.serving.metrics.finished.labels(choice.finish_reason).inc()
+        on_end(choice, all(other.finish_reason is not None for other in self.choices))
+
+    def end_writer(self, stream: EventStream, renderer: ChunkRenderer) -> OnEnd:
+        """Writes a choice's last event; behind the last choice's, in the same piece, what ends the stream."""
+
+        def write(choice: Choice, is_last: bool) -> None:
+            data = renderer.end(choice)
+            if is_last:
+                data += (renderer.usage(self.usage()) if self.prepared.params.include_usage else b"") + DONE
+            stream.write(data)
+
+        return write
+
+    def too_slow(self) -> None:
+        self.live.cancel(ClientGone("the client did not read its answer"))
+
+    def usage(self) -> Usage:
+        """Tokens so far."""
+        n = self.prepared.params.n
+        return Usage(
+            sum(map(len, self.prepared.prompts)),
+            sum(choice.num_tokens for choice in self.choices),
+            sum(choice.cached_tokens for choice in self.choices[::n]),
+        )
+
+    def _requests(self) -> list[Request]:
+        params, model, live = self.prepared.params, self.serving.model, self.serving.live
+        max_seq_len = self.serving.cluster.max_seq_len()
+        requests = []
+        for prompt in self.prepared.prompts:
+            max_tokens = max_tokens_for(params, len(prompt), max_seq_len)
+            for index in range(params.n):
+                sampling = to_sampling_params(params, model.defaults, model.vocab_size, max_tokens, index)
+                requests.append(
+                    Request(
+                        live.new_sequence_id(),
+                        prompt,
+                        sampling,
+                        model.eos_token_ids,
+                        cache_salt=params.cache_salt,
+                        arrival_s=self._arrival_s,
+                    )
+                )
+        return requests
+
+    def _choice(self, index: int, request: Request, emit: Emit) -> Choice:
+        params = self.prepared.params
+        end_token_ids = {*request.sampling.stop_token_ids}
+        if not params.ignore_eos:
+            end_token_ids.update(request.eos_token_ids)
+        text = TextStream(
+            self.serving.tokenizer,
+            stops=params.stop,
+            include_stop=params.include_stop_str_in_output,
+            skip_special_tokens=params.skip_special_tokens,
+            end_token_ids=end_token_ids,
+            prompt=request.prompt,
+        )
+        return Choice(
+            index,
+            text,
+            self.serving.flusher,
+            emit,
+            stop=lambda: self.serving.cluster.stop(request.id),
+            fail=self.live.cancel,
+        )
+
+    def _count(self) -> None:
+        metrics, usage = self.serving.metrics, self.usage()
+        metrics.prompt_tokens.inc(usage.prompt_tokens)
+        metrics.cached_tokens.inc(usage.cached_tokens)
+        metrics.generation_tokens.inc(usage.completion_tokens)
+        for choice in self.choices:
+            if choice.first_token_s:
+                metrics.ttft.observe(choice.first_token_s - self._arrival_s)
+            if choice.num_tokens > 1:
+                metrics.tpot.observe((choice.last_token_s - choice.first_token_s) / (choice.num_tokens - 1))
+
+
+def _ignore_end(choice: Choice, is_last: bool) -> None:
+    pass
+
+
+def _reason_of(live: LiveRequest) -> BaseException:
+    """What a cancelled request's client is told; the cancellation itself where it came from outside."""
+    if live.reason is None:
+        return asyncio.CancelledError()
+    task = asyncio.current_task()
+    if task is not None:
+        task.uncancel()
+    return live.reason
+
+
+def _write_error(stream: EventStream, error: BaseException) -> int:
+    """After the first byte an error is one event; before it, it is the answer's status. Re-raises what is not ours."""
+    if not isinstance(error, ServeError) or isinstance(error, ClientGone) or not stream.started:
+        raise error
+    stream.write(b"data: " + body(error) + b"\n\n" + DONE)
+    return error.status
+
+
+async def answer_error(send: Send, error: ServeError, headers: Headers) -> None:
+    extra = [(name.encode(), value.encode()) for name, value in error.headers.items()]
+    await answer(send, error.status, body(error), headers=[*headers, *extra])

@@ -1,0 +1,237 @@
+"""How the events of one answer reach the socket, and how a client that leaves is noticed.
+
+Under hypercorn's HTTP/1.1 the transport is there, behind ASGI's `send`: `HTTPStream` → `H11Protocol` → `TCPServer`.
+`DirectStream` has h11 render the head, then writes each event as one chunk of the chunked transfer coding straight to
+that transport, without a task, a lock or an event object per token, and ends through ASGI again. h11's chunked writer
+keeps no state between data events, so the two never disagree. Wherever that path is not found (HTTP/1.0, HTTP/2,
+another ASGI server, a test client) `AsgiStream` does the same with plain ASGI. Only this module knows hypercorn's
+insides; they are those of the 0.18 series.
+
+A client that reads too slowly fills the transport's buffer; past `max_buffered_bytes` its request is given up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import h11
+from hypercorn.asyncio.tcp_server import TCPServer
+from hypercorn.protocol.h11 import H11Protocol
+from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
+
+Message: TypeAlias = dict[str, Any]
+Scope: TypeAlias = dict[str, Any]
+Receive: TypeAlias = Callable[[], Awaitable[Message]]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+Headers: TypeAlias = list[tuple[bytes, bytes]]
+
+
+class DisconnectWatch:
+    """Calls `left` once when the client goes away inside the `async with` block, until `stop`.
+
+    The request's body must have been read. Under hypercorn this costs no task: its queue's `put` is stood in for.
+    """
+
+    def __init__(self, receive: Receive, send: Send, left: Callable[[], None]) -> None:
+        self._receive = receive
+        self._left: Callable[[], None] | None = left
+        stream = getattr(send, "__self__", None)
+        self._stream: Any = stream if type(stream) is HTTPStream else None
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> DisconnectWatch:
+        if self._stream is None:
+            self._task = asyncio.create_task(self._wait_for_disconnect())  # owned: cancelled and awaited below
+        elif self._stream.closed:
+            self._gone()
+        else:
+            self._app_put = self._stream.app_put
+            self._stream.app_put = self._put
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self.stop()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+
+    def stop(self) -> None:
+        """From here on the client's leaving is no news: hypercorn says so after every complete answer too."""
+        self._left = None
+
+    def _gone(self) -> None:
+        left, self._left = self._left, None
+        if left is not None:
+            left()
+
+    async def _put(self, message: Message) -> None:
+        if message["type"] == "http.disconnect":
+            self._gone()
+        await self._app_put(message)
+
+    async def _wait_for_disconnect(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        self._gone()
+
+
+class EventStream(Protocol):
+    """One answer of status 200 whose body comes in pieces. Use as an async context manager."""
+
+    started: bool
+    """Whether anything was written: from then on the status cannot change."""
+
+    def write(self, data: bytes) -> None:
+        """Send a piece of the body now; the head goes first. Never blocks, never raises."""
+
+    async def end(self) -> None:
+        """End the body properly, if it was started."""
+
+    async def __aenter__(self) -> EventStream: ...
+
+    async def __aexit__(self, *exception: object) -> None: ...
+
+
+class DirectStream:
+    """Writes chunks to the connection's transport. `too_slow` is called once when the client does not read."""
+
+    def __init__(
+        self, path: HypercornPath, send: Send, headers: Headers, too_slow: Callable[[], None], max_buffered_bytes: int
+    ) -> None:
+        self._path = path
+        self._transport = path.transport
+        self._send = send
+        self._headers = headers
+        self._too_slow = too_slow
+        self._max_buffered_bytes = max_buffered_bytes
+        self._is_open = True
+        self.started = False
+
+    async def __aenter__(self) -> DirectStream:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._is_open = False
+
+    def write(self, data: bytes) -> None:
+        if not self._is_open:
+            return
+        chunk = b"%x\r\n%b\r\n" % (len(data), data)
+        if not self.started:
+            self.started = True
+            chunk = self._path.head(self._headers) + chunk
+        transport = self._transport
+        transport.write(chunk)
+        if transport.get_write_buffer_size() > self._max_buffered_bytes:
+            self._is_open = False
+            # The answer cannot be completed, and the client must not take it for complete.
+            transport.abort()
+            self._too_slow()
+
+    async def end(self) -> None:
+        if self._is_open and self.started:
+            self._is_open = False
+            await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@dataclass(frozen=True, slots=True)
+class HypercornPath:
+    """The objects between ASGI's `send` and the socket."""
+
+    stream: HTTPStream
+    protocol: H11Protocol
+    transport: asyncio.WriteTransport
+
+    def head(self, headers: Headers) -> bytes:
+        """The bytes of the response's head; hypercorn's state moves on as if ASGI had started the response."""
+        all_headers = [*headers, *self.protocol.config.response_headers("h11")]
+        head = self.protocol.connection.send(h11.Response(status_code=200, headers=all_headers))
+        self.stream.response = {"type": "http.response.start", "status": 200, "headers": headers}
+        self.stream.state = ASGIHTTPState.RESPONSE
+        assert head is not None
+        return head
+
+
+def find_path(send: Send) -> HypercornPath | None:
+    """The way to the transport, or None where this is not hypercorn 0.18 speaking HTTP/1.1 with chunked bodies."""
+    stream = getattr(send, "__self__", None)
+    if type(stream) is not HTTPStream:
+        return None
+    protocol = getattr(stream.send, "__self__", None)
+    if type(protocol) is not H11Protocol or type(protocol.connection) is not h11.Connection:
+        return None
+    if protocol.connection.their_http_version != b"1.1" or stream.scope["method"] == "HEAD":
+        return None
+    server = getattr(protocol.send, "__self__", None)
+    if type(server) is not TCPServer:
+        return None
+    return HypercornPath(stream, protocol, server.writer.transport)
+
+
+class AsgiStream:
+    """The same by ASGI alone: a task sends what `write` left for it."""
+
+    def __init__(self, send: Send, headers: Headers, too_slow: Callable[[], None], max_buffered_bytes: int) -> None:
+        self._send = send
+        self._headers = headers
+        self._too_slow = too_slow
+        self._max_buffered_bytes = max_buffered_bytes
+        self._buffer: list[bytes] = []
+        self._buffered_bytes = 0
+        self._wake = asyncio.Event()
+        self._ending = False
+        self._is_open = True
+        self.started = False
+
+    async def __aenter__(self) -> AsgiStream:
+        self._pump = asyncio.create_task(self._send_buffered())  # owned: cancelled and awaited below
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        self._is_open = False
+        self._pump.cancel()
+        await asyncio.wait({self._pump})
+
+    def write(self, data: bytes) -> None:
+        if not self._is_open:
+            return
+        self.started = True
+        self._buffer.append(data)
+        self._buffered_bytes += len(data)
+        self._wake.set()
+        if self._buffered_bytes > self._max_buffered_bytes:
+            self._is_open = False
+            self._pump.cancel()
+            self._too_slow()
+
+    async def end(self) -> None:
+        if self._is_open and self.started:
+            self._is_open = False
+            self._ending = True
+            self._wake.set()
+            await self._pump
+
+    async def _send_buffered(self) -> None:
+        await self._wake.wait()
+        await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        while not self._ending or self._buffer:
+            await self._wake.wait()
+            self._wake.clear()
+            data, self._buffer = b"".join(self._buffer), []
+            if data:
+                await self._send({"type": "http.response.body", "body": data, "more_body": True})
+            self._buffered_bytes -= len(data)
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def open_stream(
+    send: Send, headers: Iterable[tuple[bytes, bytes]], too_slow: Callable[[], None], max_buffered_bytes: int
+) -> EventStream:
+    """The fastest stream that this connection allows."""
+    path = find_path(send)
+    if path is not None:
+        return DirectStream(path, send, list(headers), too_slow, max_buffered_bytes)
+    return AsgiStream(send, list(headers), too_slow, max_buffered_bytes)

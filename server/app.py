@@ -1,0 +1,271 @@
+"""The composition root: makes every part of the server, runs them under one TaskGroup, and ends them in order."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import secrets
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from trtserve.plugins.manager import PluginManager
+from trtserve.server.api.choice import Flusher
+from trtserve.server.api.parameters import SamplingDefaults
+from trtserve.server.api.routes import Application
+from trtserve.server.api.schema import RequestRules
+from trtserve.server.api.serving import ApiKeys, HttpLimits, ServedModel, Serving
+from trtserve.server.cluster import ServerCluster
+from trtserve.server.deployment import Plan, WorkerCommands
+from trtserve.server.errors import Overloaded
+from trtserve.server.exit_codes import ExitCode
+from trtserve.server.http import serve_http
+from trtserve.server.metrics import Metrics
+from trtserve.server.model.errors import ModelError
+from trtserve.server.model.folder import ModelFolder
+from trtserve.server.requests import LiveRequests
+from trtserve.server.router.router import QueueLimits, Router
+from trtserve.server.text.chat_template import ChatTemplate, load_chat_template
+from trtserve.server.text.special_tokens import special_tokens
+from trtserve.server.text.tokenizer import load_tokenizer
+from trtserve.server.workers.link import Link
+from trtserve.server.workers.pool import Expectation, WorkerPool
+from trtserve.server.workers.supervisor import Supervisor, SupervisorLimits, WorkerStartFailed
+from trtserve.server.workers.token import given_token
+from trtserve.settings.schema import Settings
+
+logger = logging.getLogger(__name__)
+
+_LAST_ANSWERS_S = 2.0
+
+
+class Server:
+    """One life of the server process. `run` returns the exit code when it is over and no process is left."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        plan: Plan,
+        manager: PluginManager,
+        folder: ModelFolder,
+        api_keys: list[str],
+        bound: socket.socket,
+    ) -> None:
+        """Takes the bound socket."""
+        self._settings = settings
+        self._plan = plan
+        self._folder = folder
+        self._api_keys = api_keys
+        self._bound = bound
+        self._address = bound.getsockname()[:2]
+        self._started_s = time.monotonic()
+        self._metrics = Metrics()
+        self._live = LiveRequests()
+        self._flusher = Flusher()
+        limits = QueueLimits(settings.max_queued_requests, settings.max_queued_tokens)
+        self._cluster = ServerCluster(Router(plan.policy, limits, self._metrics), self._metrics)
+        self._launcher = manager.make_launcher(settings.launcher)
+        self._token = given_token(settings) or secrets.token_hex(32)
+        self._pool = WorkerPool(self._expectation(), self._cluster)
+        self._cluster.attach(self._pool)
+        self._stop_signals = 0
+        self._stop = asyncio.Event()
+        self._stop_now = asyncio.Event()
+        self._stop_http = asyncio.Event()
+
+    def _expectation(self) -> Expectation:
+        fingerprints = self._folder.fingerprints()
+        return Expectation(self._token, fingerprints.model, fingerprints.tokenizer)
+
+    async def run(self) -> ExitCode:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._on_signal)
+        runtime_dir = Path(tempfile.mkdtemp(prefix="trtserve-"))  # 0700
+        try:
+            endpoint = self._settings.worker_endpoint or f"ipc://{runtime_dir}/workers.sock"
+            with Link(endpoint, self._pool.on_message, self._flusher.flush) as link:
+                self._pool.attach(link.send)
+                return await self._serve(link.endpoint, runtime_dir)
+        finally:
+            shutil.rmtree(runtime_dir, ignore_errors=True)
+
+    async def _serve(self, endpoint: str, runtime_dir: Path) -> ExitCode:
+        commands = WorkerCommands(self._settings, self._folder.path, runtime_dir, endpoint, self._token)
+        supervisor = Supervisor(
+            self._launcher,
+            self._pool,
+            lambda client: commands.spec(client.worker_id, client.role),
+            self._supervisor_limits(),
+        )
+        clients = [self._pool.add(worker.worker_id, worker.role) for worker in self._plan.workers]
+        try:
+            async with asyncio.TaskGroup() as group:
+                # Workers load while the server does.
+                workers = group.create_task(supervisor.run(clients), name="workers")
+                application = await asyncio.to_thread(self._application)
+                http = group.create_task(
+                    serve_http(application, self._bound, self._settings, self._stop_http), name="http"
+                )
+                background = [
+                    group.create_task(self._announce(), name="announce"),
+                    group.create_task(self._measure_loop_delay(), name="loop-delay"),
+                ]
+                await self._stop.wait()
+                exit_code = await self._drain()
+                self._stop_http.set()
+                await http
+                supervisor.shutdown()
+                for task in (*background, workers):
+                    task.cancel()
+                return exit_code
+        except BaseExceptionGroup as errors:
+            return self._explain(errors)
+
+    def _supervisor_limits(self) -> SupervisorLimits:
+        return SupervisorLimits(
+            start_s=self._settings.worker_start_timeout,
+            silence_s=self._settings.worker_silence_timeout,
+            stall_s=self._settings.worker_stall_timeout,
+        )
+
+    # -------------------------------------------------------------- parts that need the model
+
+    def _application(self) -> Application:
+        """Runs in a thread: reading a tokenizer takes half a second."""
+        settings, folder = self._settings, self._folder
+        tokenizer = load_tokenizer(folder)
+        generation = folder.generation_defaults()
+        vocab_size = folder.config().vocab_size or tokenizer.vocab_size
+        model = ServedModel(
+            name=settings.served_model_name or folder.name.rstrip("/").rpartition("/")[2],
+            created=int(time.time()),
+            vocab_size=vocab_size,
+            eos_token_ids=generation.eos_token_ids,
+            defaults=SamplingDefaults(
+                1.0 if generation.temperature is None else generation.temperature,
+                1.0 if generation.top_p is None else generation.top_p,
+                generation.top_k or 0,
+                0.0,
+                generation.repetition_penalty or 1.0,
+            ),
+        )
+        self._metrics.build.labels(version("trtserve"), settings.engine, model.name).set(1)
+        self._metrics.watch(lambda: self._cluster.sample(self._live))
+        self._model_name = model.name
+        serving = Serving(
+            model=model,
+            rules=RequestRules((model.name,), vocab_size, settings.unknown_params, settings.max_logprobs),
+            tokenizer=tokenizer,
+            template=self._chat_template(),
+            mode=self._plan.mode,
+            cluster=self._cluster,
+            live=self._live,
+            flusher=self._flusher,
+            metrics=self._metrics,
+            keys=ApiKeys(self._api_keys),
+            limits=HttpLimits(
+                int(settings.max_body_mib * 2**20), int(settings.max_buffered_kib * 1024), settings.request_timeout
+            ),
+            phase=self._phase,
+        )
+        return Application(serving)
+
+    def _chat_template(self) -> ChatTemplate:
+        path = self._settings.chat_template
+        if path is None:
+            return load_chat_template(self._folder)
+        try:
+            source = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"--chat-template {path} cannot be read: {error}") from error
+        return ChatTemplate({"default": source}, special_tokens(self._folder.tokenizer_config()))
+
+    # -------------------------------------------------------------- while it runs
+
+    def _phase(self) -> str:
+        return "; ".join(f"{client.worker_id}: {client.phase}" for client in self._pool)
+
+    async def _announce(self) -> None:
+        """Wait for the first readiness and say so."""
+        await self._cluster.ready(set(self._plan.mode.roles))
+        # What was made so far lives as long as the process: no collection need look at it.
+        gc.collect()
+        gc.freeze()
+        print(self._banner(), flush=True)
+
+    def _banner(self) -> str:
+        host, port = self._address
+        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        workers = ", ".join(worker.worker_id for worker in self._plan.workers)
+        body = (
+            f'{{"model": "{self._model_name}", "stream": true, '
+            '"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+        )
+        return (
+            f"\ntrtserve {version('trtserve')}: {self._model_name}, mode {self._settings.mode}, "
+            f"engine {self._settings.engine}, router {self._settings.router}, workers {workers}\n"
+            f"ready at {url} after {time.monotonic() - self._started_s:.1f} s\n\n"
+            f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' \\\n  -d '{body}'\n"
+        )
+
+    async def _measure_loop_delay(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due_s = loop.time() + 1.0
+            await asyncio.sleep(1.0)
+            self._metrics.loop_delay.set(max(0.0, loop.time() - due_s))
+
+    # -------------------------------------------------------------- the end
+
+    def _on_signal(self) -> None:
+        self._stop_signals += 1
+        self._stop.set()
+        if self._stop_signals > 1:
+            self._stop_now.set()
+
+    async def _drain(self) -> ExitCode:
+        """Take no more requests, finish the running ones, and cut off what outlasts the timeout or a second signal."""
+        self._live.draining = True
+        logger.info("shutting down: %d requests are running", len(self._live))
+        idle = asyncio.ensure_future(self._live.idle())
+        now = asyncio.ensure_future(self._stop_now.wait())
+        await asyncio.wait({idle, now}, timeout=self._settings.shutdown_timeout, return_when=asyncio.FIRST_COMPLETED)
+        now.cancel()
+        if idle.done():
+            return ExitCode.OK
+        logger.warning("shutting down: %d requests are cut off", len(self._live))
+        self._live.cancel_all(Overloaded("the server is shutting down", code="draining", retry_after_s=5.0))
+        await asyncio.wait({idle}, timeout=_LAST_ANSWERS_S)
+        idle.cancel()
+        return ExitCode.CUT_OFF
+
+    def _explain(self, errors: BaseExceptionGroup[BaseException]) -> ExitCode:
+        """Say what ended the server, for people, and choose the exit code."""
+        failed, rest = errors.split(WorkerStartFailed)
+        model, rest = (None, None) if rest is None else rest.split(ModelError)
+        for group in (failed, model):
+            for error in _leaves(group):
+                print(f"trtserve: {error}", file=sys.stderr)
+                for line in getattr(error, "lines", ()):
+                    print(f"  | {line}", file=sys.stderr)
+        if rest is not None:
+            logger.error("the server failed", exc_info=rest)
+            return ExitCode.DEFECT
+        return ExitCode.WORKER if failed is not None else ExitCode.MODEL
+
+
+def _leaves(errors: BaseExceptionGroup[BaseException] | None) -> list[BaseException]:
+    if errors is None:
+        return []
+    return [
+        leaf
+        for error in errors.exceptions
+        for leaf in (_leaves(error) if isinstance(error, BaseExceptionGroup) else [error])
+    ]

@@ -1,0 +1,123 @@
+"""`trtserve [serve] [MODEL] …`, `trtserve worker …`, `trtserve plugins`: flags to settings, settings to a run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from trtserve.plugins.manager import PluginError, PluginManager
+from trtserve.server.exit_codes import ExitCode
+from trtserve.settings.load import SettingsError, load_settings
+from trtserve.settings.schema import Settings, WorkerSettings
+
+_COMMANDS = ("serve", "worker", "plugins", "version")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = given.pop(0) if given and given[0] in _COMMANDS else "serve"
+    try:
+        match command:
+            case "worker":
+                return _worker(given)
+            case "plugins":
+                return _plugins()
+            case "version":
+                print(version("trtserve"))
+                return ExitCode.OK
+            case _:
+                return _serve(given)
+    except (SettingsError, PluginError) as error:
+        print(f"trtserve: {error}", file=sys.stderr)
+        return ExitCode.USAGE
+
+
+def _serve(arguments: list[str]) -> int:
+    settings = load_settings(Settings, arguments)
+    _log_to_stderr(settings.log_level)
+    api_keys = read_api_keys(settings)
+    manager = PluginManager()
+    # Imported late: `trtserve plugins` and workers need none of it.
+    from trtserve.server.deployment import describe_plan, make_plan
+
+    plan = make_plan(settings, manager)
+    if settings.dry_run:
+        print(describe_plan(settings, plan))
+        return ExitCode.OK
+    import uvloop
+
+    from trtserve.server.app import Server
+    from trtserve.server.http import bind
+    from trtserve.server.model.errors import ModelError
+    from trtserve.server.model.progress import ProgressBar
+    from trtserve.server.model.resolve import resolve_model
+
+    try:
+        bound = bind(settings.host, settings.port)
+    except OSError as error:
+        print(f"trtserve: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)
+        return ExitCode.ADDRESS
+    try:
+        with ProgressBar() as progress:
+            folder = resolve_model(settings.model, settings.cache_dir, progress)
+
+        async def run() -> ExitCode:
+            return await Server(settings, plan, manager, folder, api_keys, bound).run()
+
+        return uvloop.run(run())
+    except ModelError as error:
+        print(f"trtserve: {error}", file=sys.stderr)
+        return ExitCode.MODEL
+    except KeyboardInterrupt:
+        return ExitCode.CUT_OFF
+    finally:
+        bound.close()
+
+
+def _worker(arguments: list[str]) -> int:
+    from trtserve.server.workers.main import run_worker
+
+    settings = load_settings(WorkerSettings, arguments)
+    _log_to_stderr(settings.log_level)
+    return run_worker(settings)
+
+
+def _plugins() -> int:
+    for status in PluginManager().statuses():
+        print(f"{status.kind:9} {status.name:16} {status.package:20} {status.problem or 'ok'}")
+    return ExitCode.OK
+
+
+def read_api_keys(settings: Settings) -> list[str]:
+    """From the environment and the file, one a line. Raises SettingsError."""
+    keys = [] if settings.api_key is None else [settings.api_key.get_secret_value()]
+    path = settings.api_key_file
+    if path is not None:
+        keys += _keys_of(path)
+    return keys
+
+
+def _keys_of(path: Path) -> list[str]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"--api-key-file {path}: cannot be read: {error}") from error
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        # An empty file must not open the server to everybody.
+        raise SettingsError(f"--api-key-file {path}: holds no key; write one a line")
+    return keys
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

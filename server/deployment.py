@@ -1,0 +1,111 @@
+"""From settings to a plan: which plugins, which worker processes, which commands start them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtserve.plugins.api import LaunchSpec, Mode, ModeConfig, PolicyConfig, Role, RoutingPolicy, WorkerId
+from trtserve.plugins.manager import PluginError, PluginManager
+from trtserve.settings.schema import Settings
+
+_NOT_FOR_WORKERS = {
+    *("api_key", "api_key_file", "worker_token", "worker_token_file"),
+    *("dry_run", "log_dir", "served_model_name"),
+}
+WORKER_TOKEN_VARIABLE = "TRTSERVE_WORKER_TOKEN"
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """One worker to start."""
+
+    worker_id: WorkerId
+    role: Role
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The deployment that the settings describe, with its plugins checked."""
+
+    mode: Mode
+    policy: RoutingPolicy
+    engine_options: Mapping[str, Any]
+    router_options: Mapping[str, Any]
+    workers: tuple[WorkerPlan, ...]
+
+
+def make_plan(settings: Settings, manager: PluginManager) -> Plan:
+    """Raises PluginError naming everything that cannot be had."""
+    problems = [problem for kind, name in _plugins_of(settings) if (problem := manager.problem(kind, name)) is not None]
+    if problems:
+        raise PluginError("\n".join(problems))
+    engine_options = manager.check_options("engine", settings.engine, settings.engine_options)
+    router_options = manager.check_options("policy", settings.router, settings.router_options)
+    mode = manager.make_mode(
+        settings.mode, ModeConfig(settings.workers, settings.prefill_workers, settings.decode_workers)
+    )
+    policy = manager.make_policy(settings.router, PolicyConfig(settings.seed, router_options))
+    workers = tuple(
+        WorkerPlan(WorkerId(f"{role}-{number}"), role) for role, count in mode.roles.items() for number in range(count)
+    )
+    return Plan(mode, policy, engine_options, router_options, workers)
+
+
+def _plugins_of(settings: Settings) -> list[tuple[str, str]]:
+    plugins = [
+        ("mode", settings.mode),
+        ("engine", settings.engine),
+        ("policy", settings.router),
+        ("launcher", settings.launcher),
+    ]
+    if settings.transfer != "auto":
+        plugins.append(("transfer", settings.transfer))
+    return plugins
+
+
+def describe_plan(settings: Settings, plan: Plan) -> str:
+    """What --dry-run prints: the resolved settings, then processes and ports. YAML, so it can be used as --config."""
+    resolved = settings.model_dump(mode="json", exclude={"dry_run", "api_key", "worker_token"}, exclude_none=True)
+    resolved["engine_options"] = dict(plan.engine_options)
+    lines = [f"{name}: {json.dumps(value)}" for name, value in resolved.items()]
+    endpoint = settings.worker_endpoint or "ipc:// in a private folder"
+    lines += [
+        "",
+        "# processes",
+        f"#   server   http://{settings.host}:{settings.port}   workers connect to {endpoint}",
+        *(f"#   {worker.worker_id}   role {worker.role}, engine {settings.engine}" for worker in plan.workers),
+    ]
+    return "\n".join(lines)
+
+
+class WorkerCommands:
+    """Builds the command of each worker; owns the file with the settings that workers read."""
+
+    def __init__(self, settings: Settings, model_path: Path, runtime_dir: Path, endpoint: str, token: str) -> None:
+        self._endpoint = endpoint
+        self._token = token
+        self._log_dir = settings.log_dir or runtime_dir
+        self._log_dir.mkdir(parents=True, exist_ok=True)
+        self._settings_file = runtime_dir / "settings.json"
+        content = settings.model_dump(mode="json", exclude=_NOT_FOR_WORKERS, exclude_none=True)
+        self._settings_file.write_text(json.dumps(content | {"model": str(model_path)}))
+
+    def spec(self, worker_id: WorkerId, role: Role) -> LaunchSpec:
+        argv = (
+            *(sys.executable, "-m", "trtserve.server.cli", "worker"),
+            *("--config", str(self._settings_file)),
+            *("--connect", self._endpoint),
+            *("--worker-id", worker_id),
+            *("--role", role),
+            *("--parent-pid", str(os.getpid())),
+        )
+        # The file has the settings as resolved; the server's own variables would override it.
+        inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("TRTSERVE_")}
+        environment = inherited | {WORKER_TOKEN_VARIABLE: self._token, "PYTHONUNBUFFERED": "1"}
+        return LaunchSpec(worker_id, argv, environment, str(self._log_dir / f"{worker_id}.log"))

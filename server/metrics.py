@@ -1,0 +1,183 @@
+"""Every metric, declared once: name, meaning, unit, labels. Served as Prometheus text.
+
+Two families. `trtserve_*` is the server's own view. `trtllm_*` is the engines' view under TensorRT-LLM's names, five
+gauges without labels, summed over the workers: the Gateway API's endpoint picker reads exactly those. The gauges about
+workers are read at scrape time from what workers last reported; nothing here runs per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+# TensorRT-LLM's and vLLM's buckets, so that dashboards made for them fit.
+_FAST_TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08)
+_TTFT_BUCKETS = (*_FAST_TTFT_BUCKETS, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+_TPOT_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10, 20, 40, 80)
+_E2E_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_STAGE_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 30)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSample:
+    """One worker at the time of a scrape."""
+
+    worker_id: str
+    role: str
+    is_ready: bool
+    running: int
+    waiting: int
+    num_blocks: int
+    free_blocks: int
+    block_size: int
+    booked_requests: int
+    restarts: int
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSample:
+    """The server at the time of a scrape."""
+
+    inflight_requests: int
+    queued_requests: int
+    queued_tokens: int
+    workers: Sequence[WorkerSample]
+
+
+class Metrics:
+    """The registry and the instruments that the code counts with."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody asked for
+        self.registry = registry = CollectorRegistry()
+        self.requests = Counter(
+            "trtserve_requests", "HTTP requests that ended", ("endpoint", "status"), registry=registry
+        )
+        self.finished = Counter(
+            "trtserve_sequences_finished", "Generated sequences that ended", ("finish_reason",), registry=registry
+        )
+        self.rejections = Counter(
+            "trtserve_rejections",
+            "Requests turned away: queue_full, no_worker, draining",
+            ("reason",),
+            registry=registry,
+        )
+        self.disconnects = Counter(
+            "trtserve_disconnects", "Clients that left before their answer's end", registry=registry
+        )
+        self.prompt_tokens = Counter("trtserve_prompt_tokens", "Prompt tokens of ended requests", registry=registry)
+        self.cached_tokens = Counter(
+            "trtserve_cached_prompt_tokens", "Prompt tokens that came from a prefix cache", registry=registry
+        )
+        self.generation_tokens = Counter("trtserve_generation_tokens", "Generated tokens", registry=registry)
+        self.ttft = Histogram(
+            "trtserve_time_to_first_token_seconds",
+            "From the request's arrival to its first token",
+            buckets=_TTFT_BUCKETS,
+            registry=registry,
+        )
+        self.tpot = Histogram(
+            "trtserve_time_per_output_token_seconds",
+            "Mean time between tokens of a request",
+            buckets=_TPOT_BUCKETS,
+            registry=registry,
+        )
+        self.duration = Histogram(
+            "trtserve_request_duration_seconds",
+            "From the request's arrival to its end",
+            buckets=_E2E_BUCKETS,
+            registry=registry,
+        )
+        self.stages = Histogram(
+            "trtserve_stage_duration_seconds",
+            "Time of a stage before the engine: validate, template, tokenize, route",
+            ("stage",),
+            buckets=_STAGE_BUCKETS,
+            registry=registry,
+        )
+        self.loop_delay = Gauge(
+            "trtserve_event_loop_delay_seconds", "How late the last timer of the event loop was", registry=registry
+        )
+        self.build = Gauge("trtserve_build_info", "Always 1", ("version", "engine", "model"), registry=registry)
+
+    def watch(self, sample: Callable[[], ServerSample]) -> None:
+        """Collect the gauges of server and workers from `sample` at every scrape."""
+        self.registry.register(_StateCollector(sample))
+
+    def render(self) -> bytes:
+        """Prometheus text, format 0.0.4."""
+        return generate_latest(self.registry)
+
+
+class _StateCollector(Collector):
+    def __init__(self, sample: Callable[[], ServerSample]) -> None:
+        self._sample = sample
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+    def collect(self) -> Iterable[Metric]:
+        now = self._sample()
+        yield GaugeMetricFamily("trtserve_inflight_requests", "Requests being answered", now.inflight_requests)
+        yield GaugeMetricFamily("trtserve_queued_requests", "Sequences waiting for a worker", now.queued_requests)
+        yield GaugeMetricFamily("trtserve_queued_tokens", "Prompt tokens of those", now.queued_tokens)
+        yield from _engine_gauges(now)
+        yield from _worker_families(now.workers)
+
+
+def _engine_gauges(now: ServerSample) -> Iterable[Metric]:
+    ready = [worker for worker in now.workers if worker.is_ready]
+    blocks = sum(worker.num_blocks for worker in ready)
+    used = sum(worker.num_blocks - worker.free_blocks for worker in ready)
+    waiting = now.queued_requests + sum(worker.waiting for worker in ready)
+    size = ready[0].block_size if ready else 0
+    yield GaugeMetricFamily("trtllm_num_requests_running", "Sequences running", sum(worker.running for worker in ready))
+    yield GaugeMetricFamily("trtllm_num_requests_waiting", "Sequences waiting, in server and workers", waiting)
+    yield GaugeMetricFamily(
+        "trtllm_kv_cache_utilization", "Share of KV blocks in use, 0 to 1", used / blocks if blocks else 0.0
+    )
+    yield GaugeMetricFamily("trtllm_kv_cache_tokens_per_block", "Tokens in a KV block", size)
+    yield GaugeMetricFamily("trtllm_kv_cache_max_blocks", "KV blocks of all ready workers", blocks)
+
+
+_Reader: TypeAlias = tuple[str, Callable[[WorkerSample], float]]
+
+_WORKER_GAUGES: dict[str, _Reader] = {
+    "up": ("1 while the worker is ready", lambda worker: int(worker.is_ready)),
+    "running_sequences": ("Sequences running", lambda worker: worker.running),
+    "waiting_sequences": ("Sequences submitted and not running", lambda worker: worker.waiting),
+    "booked_sequences": ("Sequences placed and not ended", lambda worker: worker.booked_requests),
+    "free_blocks": ("KV blocks unused or evictable", lambda worker: worker.free_blocks),
+}
+_WORKER_COUNTERS: dict[str, _Reader] = {
+    "restarts": ("Processes started after the first", lambda worker: worker.restarts),
+    "prompt_tokens": ("Prompt tokens", lambda worker: worker.prompt_tokens),
+    "cached_prompt_tokens": ("Prompt tokens from the prefix cache", lambda worker: worker.cached_tokens),
+    "generation_tokens": ("Generated tokens", lambda worker: worker.generated_tokens),
+    "preemptions": ("Sequences preempted", lambda worker: worker.preemptions),
+}
+
+
+def _worker_families(workers: Sequence[WorkerSample]) -> Iterable[Metric]:
+    for name, (meaning, read) in _WORKER_GAUGES.items():
+        gauge = GaugeMetricFamily(f"trtserve_worker_{name}", meaning, labels=("worker", "role"))
+        for worker in workers:
+            gauge.add_metric((worker.worker_id, worker.role), read(worker))
+        yield gauge
+    for name, (meaning, read) in _WORKER_COUNTERS.items():
+        counter = CounterMetricFamily(f"trtserve_worker_{name}", meaning, labels=("worker", "role"))
+        for worker in workers:
+            counter.add_metric((worker.worker_id, worker.role), read(worker))
+        yield counter

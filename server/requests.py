@@ -1,0 +1,76 @@
+"""The requests being answered: so that one can be cancelled by its id, and the server knows when it is idle."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from trtserve.plugins.api import RequestId
+from trtserve.server.errors import Overloaded, ServeError
+
+
+class LiveRequest:
+    """One HTTP request that generates. Cancelling it cancels the task that answers it, with the reason kept beside."""
+
+    def __init__(self, public_id: str, task: asyncio.Task[object]) -> None:
+        self.public_id = public_id
+        self.reason: ServeError | None = None
+        self._task = task
+
+    def cancel(self, reason: ServeError) -> None:
+        """End the request with this error; only the first call counts."""
+        if self.reason is None:
+            self.reason = reason
+            self._task.cancel()
+
+
+class LiveRequests:
+    """The table of live requests, and the numbering of sequences."""
+
+    def __init__(self) -> None:
+        self._by_id: dict[str, LiveRequest] = {}
+        self._next = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.draining = False
+
+    def __len__(self) -> int:
+        return len(self._by_id)
+
+    def new_sequence_id(self) -> RequestId:
+        self._next += 1
+        return RequestId(self._next)
+
+    @contextmanager
+    def enter(self, public_id: str) -> Iterator[LiveRequest]:
+        """The present task answers a request for the length of the block. Raises Overloaded while draining."""
+        if self.draining:
+            raise Overloaded("the server is shutting down", code="draining", retry_after_s=5.0)
+        task = asyncio.current_task()
+        assert task is not None
+        live = LiveRequest(public_id, task)
+        key = public_id if public_id not in self._by_id else f"{public_id} {id(live)}"
+        self._by_id[key] = live
+        self._idle.clear()
+        try:
+            yield live
+        finally:
+            del self._by_id[key]
+            if not self._by_id:
+                self._idle.set()
+
+    def cancel(self, public_id: str, reason: ServeError) -> bool:
+        """False when no such request is live."""
+        live = self._by_id.get(public_id)
+        if live is not None:
+            live.cancel(reason)
+        return live is not None
+
+    def cancel_all(self, reason: ServeError) -> None:
+        for live in list(self._by_id.values()):
+            live.cancel(reason)
+
+    async def idle(self) -> None:
+        """Return when no request is live."""
+        await self._idle.wait()

@@ -112,8 +112,9 @@ class PluginManager:
         try:
             return model.model_validate(dict(options)).model_dump()
         except ValidationError as error:
+            setting = "router" if kind == "policy" else kind
             problems = [
-                f"  {kind}-options.{'.'.join(map(str, item['loc']))}: {item['msg']} (got {item['input']!r:.100})"
+                f"  {setting}-options.{'.'.join(map(str, item['loc']))}: {item['msg']} (got {item['input']!r:.100})"
                 for item in error.errors(include_url=False)
             ]
             raise PluginError(f"bad options for {kind} {name}:\n" + "\n".join(problems)) from None
@@ -136,7 +137,9 @@ class PluginManager:
             raise PluginError(self._unknown(kind, name))
         try:
             plugin = point.load()
-            self._manager.register(plugin, full_name)
+            # One module may stand behind several names.
+            if not self._manager.is_registered(plugin):
+                self._manager.register(plugin, full_name)
         except Exception as error:  # a foreign plugin may raise anything while it is imported
             raise PluginError(f"{kind} {name} cannot be loaded: {type(error).__name__}: {error}") from error
 

@@ -25,7 +25,7 @@ from trtserve.server.cluster import ServerCluster
 from trtserve.server.deployment import Plan, WorkerCommands
 from trtserve.server.errors import Overloaded
 from trtserve.server.exit_codes import ExitCode
-from trtserve.server.http import serve_http
+from trtserve.server.http import AddressError, serve_http
 from trtserve.server.metrics import Metrics
 from trtserve.server.model.errors import ModelError
 from trtserve.server.model.folder import ModelFolder
@@ -43,6 +43,9 @@ from trtserve.settings.schema import Settings
 logger = logging.getLogger(__name__)
 
 _LAST_ANSWERS_S = 2.0
+
+_GC_THRESHOLDS = (10_000, 20, 50)
+"""Requests make few cycles; the defaults look for them at every 700 new objects."""
 
 
 class Server:
@@ -66,7 +69,7 @@ class Server:
         self._address = bound.getsockname()[:2]
         self._started_s = time.monotonic()
         self._metrics = Metrics()
-        self._live = LiveRequests()
+        self._live = LiveRequests(settings.request_timeout)
         self._flusher = Flusher()
         limits = QueueLimits(settings.max_queued_requests, settings.max_queued_tokens)
         self._cluster = ServerCluster(Router(plan.policy, limits, self._metrics), self._metrics)
@@ -170,9 +173,7 @@ class Server:
             flusher=self._flusher,
             metrics=self._metrics,
             keys=ApiKeys(self._api_keys),
-            limits=HttpLimits(
-                int(settings.max_body_mib * 2**20), int(settings.max_buffered_kib * 1024), settings.request_timeout
-            ),
+            limits=HttpLimits(int(settings.max_body_mib * 2**20), int(settings.max_buffered_kib * 1024)),
             phase=self._phase,
         )
         return Application(serving)
@@ -198,6 +199,7 @@ class Server:
         # What was made so far lives as long as the process: no collection need look at it.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*_GC_THRESHOLDS)
         print(self._banner(), flush=True)
 
     def _banner(self) -> str:
@@ -248,17 +250,21 @@ class Server:
 
     def _explain(self, errors: BaseExceptionGroup[BaseException]) -> ExitCode:
         """Say what ended the server, for people, and choose the exit code."""
-        failed, rest = errors.split(WorkerStartFailed)
-        model, rest = (None, None) if rest is None else rest.split(ModelError)
-        for group in (failed, model):
-            for error in _leaves(group):
-                print(f"trtserve: {error}", file=sys.stderr)
-                for line in getattr(error, "lines", ()):
-                    print(f"  | {line}", file=sys.stderr)
+        codes: dict[type[BaseException], ExitCode] = {
+            WorkerStartFailed: ExitCode.WORKER,
+            ModelError: ExitCode.MODEL,
+            AddressError: ExitCode.ADDRESS,
+        }
+        expected, rest = errors.split(tuple(codes))
+        leaves = _leaves(expected)
+        for error in leaves:
+            print(f"trtserve: {error}", file=sys.stderr)
+            for line in getattr(error, "lines", ()):
+                print(f"  | {line}", file=sys.stderr)
         if rest is not None:
             logger.error("the server failed", exc_info=rest)
             return ExitCode.DEFECT
-        return ExitCode.WORKER if failed is not None else ExitCode.MODEL
+        return next(code for kind, code in codes.items() if isinstance(leaves[0], kind))
 
 
 def _leaves(errors: BaseExceptionGroup[BaseException] | None) -> list[BaseException]:

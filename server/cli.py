@@ -51,15 +51,16 @@ def _serve(arguments: list[str]) -> int:
     import uvloop
 
     from trtserve.server.app import Server
-    from trtserve.server.http import bind
+    from trtserve.server.http import AddressError, bind
     from trtserve.server.model.errors import ModelError
     from trtserve.server.model.progress import ProgressBar
     from trtserve.server.model.resolve import resolve_model
+    from trtserve.server.workers.link import EndpointError
 
     try:
         bound = bind(settings.host, settings.port)
-    except OSError as error:
-        print(f"trtserve: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)
+    except AddressError as error:
+        print(f"trtserve: {error}", file=sys.stderr)
         return ExitCode.ADDRESS
     try:
         with ProgressBar() as progress:
@@ -72,6 +73,9 @@ def _serve(arguments: list[str]) -> int:
     except ModelError as error:
         print(f"trtserve: {error}", file=sys.stderr)
         return ExitCode.MODEL
+    except EndpointError as error:
+        print(f"trtserve: {error}", file=sys.stderr)
+        return ExitCode.ADDRESS
     except KeyboardInterrupt:
         return ExitCode.CUT_OFF
     finally:

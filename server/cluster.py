@@ -19,7 +19,7 @@ class ServerCluster:
 
     def __init__(self, router: Router, metrics: Metrics) -> None:
         self._router = router
-        self._route_seconds = metrics.stages.labels("route")
+        self._route_seconds = metrics.stages["route"]
         self._pool: WorkerPool | None = None
         self._came = asyncio.Event()
 

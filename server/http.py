@@ -15,11 +15,25 @@ from trtserve.settings.schema import Settings
 _BACKLOG = 4096
 
 
+class AddressError(Exception):
+    """The HTTP address cannot be used; the text names it."""
+
+    def __init__(self, host: str, port: int, error: OSError) -> None:
+        super().__init__(f"cannot listen on {host}:{port}: {error.strerror}")
+
+
 def bind(host: str, port: int) -> socket.socket:
     """A bound socket, not yet listening, so that an address in use is found before anything is loaded.
 
-    Raises OSError.
+    Raises AddressError.
     """
+    try:
+        return _bind(host, port)
+    except OSError as error:
+        raise AddressError(host, port, error) from error
+
+
+def _bind(host: str, port: int) -> socket.socket:
     family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     bound = socket.socket(family, kind, protocol)
     try:
@@ -33,7 +47,14 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 async def serve_http(app: Any, bound: socket.socket, settings: Settings, stop: asyncio.Event) -> None:
-    """Serve until `stop` is set; then idle connections close and the others get three seconds. Takes the socket."""
+    """Serve until `stop` is set; then idle connections close and the others get three seconds. Takes the socket.
+
+    Raises AddressError where another server, which was bound at the same time, listens already.
+    """
+    try:
+        bound.listen(_BACKLOG)
+    except OSError as error:
+        raise AddressError(settings.host, settings.port, error) from error
     config = Config()
     config.bind = [f"fd://{bound.detach()}"]
     config.accesslog = None

@@ -16,6 +16,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+STAGES = ("validate", "template", "tokenize", "route")
+FINISH_REASONS = ("stop", "length")
+
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 # TensorRT-LLM's and vLLM's buckets, so that dashboards made for them fit.
@@ -65,9 +68,10 @@ class Metrics:
         self.requests = Counter(
             "trtserve_requests", "HTTP requests that ended", ("endpoint", "status"), registry=registry
         )
-        self.finished = Counter(
+        finished = Counter(
             "trtserve_sequences_finished", "Generated sequences that ended", ("finish_reason",), registry=registry
         )
+        self.finished = {reason: finished.labels(reason) for reason in FINISH_REASONS}
         self.rejections = Counter(
             "trtserve_rejections",
             "Requests turned away: queue_full, no_worker, draining",
@@ -100,13 +104,14 @@ class Metrics:
             buckets=_E2E_BUCKETS,
             registry=registry,
         )
-        self.stages = Histogram(
+        stages = Histogram(
             "trtserve_stage_duration_seconds",
-            "Time of a stage before the engine: validate, template, tokenize, route",
+            f"Time of a stage before the engine: {', '.join(STAGES)}",
             ("stage",),
             buckets=_STAGE_BUCKETS,
             registry=registry,
         )
+        self.stages = {stage: stages.labels(stage) for stage in STAGES}
         self.loop_delay = Gauge(
             "trtserve_event_loop_delay_seconds", "How late the last timer of the event loop was", registry=registry
         )

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from trtserve.plugins.api import RequestId
-from trtserve.server.errors import Overloaded, ServeError
+from trtserve.server.errors import Overloaded, RequestTimedOut, ServeError
 
 
 class LiveRequest:
     """One HTTP request that generates. Cancelling it cancels the task that answers it, with the reason kept beside."""
 
-    def __init__(self, public_id: str, task: asyncio.Task[object]) -> None:
+    def __init__(self, public_id: str, task: asyncio.Task[object], deadline_s: float) -> None:
+        """deadline_s: on the loop's clock."""
         self.public_id = public_id
+        self.deadline_s = deadline_s
         self.reason: ServeError | None = None
         self._task = task
 
@@ -26,9 +28,14 @@ class LiveRequest:
 
 
 class LiveRequests:
-    """The table of live requests, and the numbering of sequences."""
+    """The table of live requests, the numbering of sequences, and the time limit.
 
-    def __init__(self) -> None:
+    All requests have the same time, so the oldest one's deadline is the next: one timer serves them all.
+    """
+
+    def __init__(self, timeout_s: float = 600.0) -> None:
+        self._timeout_s = timeout_s
+        self._timer: asyncio.TimerHandle | None = None
         self._by_id: dict[str, LiveRequest] = {}
         self._next = 0
         self._idle = asyncio.Event()
@@ -49,10 +56,13 @@ class LiveRequests:
             raise Overloaded("the server is shutting down", code="draining", retry_after_s=5.0)
         task = asyncio.current_task()
         assert task is not None
-        live = LiveRequest(public_id, task)
+        loop = task.get_loop()
+        live = LiveRequest(public_id, task, loop.time() + self._timeout_s)
         key = public_id if public_id not in self._by_id else f"{public_id} {id(live)}"
         self._by_id[key] = live
         self._idle.clear()
+        if self._timer is None:
+            self._timer = loop.call_at(live.deadline_s, self._expire)
         try:
             yield live
         finally:
@@ -70,6 +80,24 @@ class LiveRequests:
     def cancel_all(self, reason: ServeError) -> None:
         for live in list(self._by_id.values()):
             live.cancel(reason)
+
+    def _expire(self) -> None:
+        """Cancel the overdue requests and set the timer for the next one."""
+        self._timer = None
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        for live in list(self._by_id.values()):
+            if live.reason is not None:
+                continue
+            if live.deadline_s > now_s:
+                self._timer = loop.call_at(live.deadline_s, self._expire)
+                return
+            live.cancel(
+                RequestTimedOut(
+                    f"The answer took longer than {self._timeout_s:g} s; ask for fewer tokens, or start the server "
+                    "with a longer --request-timeout."
+                )
+            )
 
     async def idle(self) -> None:
         """Return when no request is live."""

@@ -118,7 +118,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(content, dict):
         raise SettingsError(f"--config {path}: must hold a mapping of settings, not a {type(content).__name__}")
-    return {_field_name(str(key)): value for key, value in content.items()}
+    settings: dict[str, Any] = {}
+    for key, value in content.items():
+        name = _field_name(str(key))
+        if name in settings:
+            raise SettingsError(f"--config {path}: {key} sets {name.replace('_', '-')}, which it has set before")
+        settings[name] = value
+    return settings
 
 
 def _field_name(key: str) -> str:
@@ -174,6 +180,7 @@ def describe(error: ValidationError, config_path: str | None) -> list[str]:
             lines.append(f"  {path}: is required")
         else:
             message = item["msg"].removeprefix("Value error, ")
-            value = "" if item["loc"] == () or "secret" in item["type"] else f" (got {item['input']!r:.100})"
+            is_secret = any(str(part).replace("_", "-") in SECRETS for part in item["loc"])
+            value = "" if item["loc"] == () or is_secret else f" (got {item['input']!r:.100})"
             lines.append(f"  {path}: {message}{value}")
     return lines

@@ -12,8 +12,12 @@ _DRAIN_FACTOR = 8
 _DRAIN_TIMEOUT_S = 5.0
 
 
+class ClientGone(RequestCancelled):
+    """Nobody is there to be told."""
+
+
 async def read_body(scope: Scope, receive: Receive, send: Send, max_bytes: int) -> bytes:
-    """The whole body. Raises BodyTooLarge past max_bytes, RequestCancelled when the client leaves meanwhile.
+    """The whole body. Raises BodyTooLarge past max_bytes, ClientGone when the client leaves meanwhile.
 
     What follows of a body that is too large is read and thrown away for a while, since hypercorn's queue would
     otherwise fill and hold up the connection; a client that goes on for too long is cut off.
@@ -24,7 +28,7 @@ async def read_body(scope: Scope, receive: Receive, send: Send, max_bytes: int) 
     while announced <= max_bytes:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise RequestCancelled("the client left while sending its request")
+            raise ClientGone("the client left while sending its request")
         part = message.get("body", b"")
         received += len(part)
         if received > max_bytes:

@@ -19,6 +19,10 @@ class Emit(Protocol):
 
     def __call__(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob]) -> None: ...
 
+    def plain(self, choice: Choice) -> Callable[[str], None] | None:
+        """The shortest way for pieces of text without log probabilities, once the choice has emitted something; None
+        where every piece needs the call above."""
+
 
 class Choice:
     """The OutputSink of one sequence.
@@ -28,11 +32,14 @@ class Choice:
     """
 
     __slots__ = (
+        "_decode",
         "_emit",
+        "_emit_plain",
         "_fail",
         "_flusher",
         "_logprobs",
         "_num_logprobs",
+        "_num_plain_tokens",
         "_pending",
         "_stop",
         "_text",
@@ -68,11 +75,15 @@ class Choice:
         self._pending: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._num_logprobs = 0  # given out
+        # The hot path, taken from the second piece on where nothing but text is wanted.
+        self._decode = text.plain_decoder()
+        self._emit_plain: Callable[[str], None] | None = None
+        self._num_plain_tokens = 0
 
     @property
     def num_tokens(self) -> int:
         """Generated tokens that the client is told of: up to the stop string, if one was met."""
-        return self._text.num_tokens_used
+        return self._num_plain_tokens + self._text.num_tokens_used
 
     # -------------------------------------------------------------- OutputSink
 
@@ -89,10 +100,21 @@ class Choice:
     # -------------------------------------------------------------- text
 
     def flush(self, now_s: float) -> None:
-        """Turn the collected tokens into text; called by the flusher."""
+        """Turn the collected tokens into text; called by the flusher. now_s: time.monotonic()."""
+        self.last_token_s = now_s
+        pending = self._pending
+        if self._emit_plain is None:
+            self._flush_any(now_s)
+            return
+        self._num_plain_tokens += len(pending)
+        text = self._decode(pending)
+        pending.clear()
+        if text:
+            self._emit_plain(text)
+
+    def _flush_any(self, now_s: float) -> None:
         if not self.first_token_s:
             self.first_token_s = now_s
-        self.last_token_s = now_s
         pending, self._pending = self._pending, []
         if self.stop_reason is not None:
             return  # the text is over; the worker has not heard of it yet
@@ -101,6 +123,8 @@ class Choice:
             self._emit_logprobs(text)
         elif text:
             self._emit(self, text, ())
+            if self._text.is_plain and not self._num_logprobs:
+                self._emit_plain = self._emit.plain(self)
         if self._text.stop_string is not None:
             self.stop_reason = self._text.stop_string
             self._stop()

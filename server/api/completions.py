@@ -27,6 +27,6 @@ async def prepare_completion(raw: bytes, serving: Serving) -> Prepared:
             prompts.append(prompt)
             echo = serving.tokenizer.decode(prompt, skip_special_tokens=False) if params.echo else ""
         echoes += [echo if params.echo else ""] * params.n
-    stages.labels("validate").observe(validated_s - started_s)
-    stages.labels("tokenize").observe(time.perf_counter() - validated_s)
+    stages["validate"].observe(validated_s - started_s)
+    stages["tokenize"].observe(time.perf_counter() - validated_s)
     return Prepared(params, prompts, CompletionShape(serving.tokenizer, echoes))

@@ -12,14 +12,16 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from prometheus_client import Counter
+
 from trtserve.plugins.api import Request, TokenIds
-from trtserve.server.api.body import answer, read_body
+from trtserve.server.api.body import ClientGone, answer, read_body
 from trtserve.server.api.choice import Choice, Emit
 from trtserve.server.api.parameters import GenerationParams, ignored_header, max_tokens_for, to_sampling_params
-from trtserve.server.api.rendering import DONE, ChunkRenderer, Envelope, Shape, Usage, WholeAnswer
+from trtserve.server.api.rendering import DONE, ChunkRenderer, Envelope, Shape, StreamEmitter, Usage, WholeAnswer
 from trtserve.server.api.serving import Serving, request_id_of
 from trtserve.server.api.stream import DisconnectWatch, EventStream, Headers, Receive, Scope, Send, open_stream
-from trtserve.server.errors import Internal, RequestCancelled, RequestTimedOut, ServeError, body
+from trtserve.server.errors import Internal, ServeError, body
 from trtserve.server.requests import LiveRequest
 from trtserve.server.text.text_stream import TextStream
 
@@ -47,6 +49,7 @@ class GenerationEndpoint:
         self._name = name
         self._id_prefix = id_prefix
         self._prepare = prepare
+        self._ended: dict[int, Counter] = {}  # by status: looking a label up costs more than counting
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started_s = time.monotonic()
@@ -57,12 +60,20 @@ class GenerationEndpoint:
             status = await self._guarded(scope, receive, send, request_id, headers)
         except ServeError as error:
             status = error.status
-            if not isinstance(error, ClientGone):
+            if isinstance(error, ClientGone):
+                self._serving.metrics.disconnects.inc()
+            else:
                 await answer_error(send, error, headers)
         finally:
-            metrics = self._serving.metrics
-            metrics.requests.labels(self._name, str(status)).inc()
-            metrics.duration.observe(time.monotonic() - started_s)
+            self._count(status, time.monotonic() - started_s)
+
+    def _count(self, status: int, duration_s: float) -> None:
+        metrics = self._serving.metrics
+        ended = self._ended.get(status)
+        if ended is None:
+            ended = self._ended[status] = metrics.requests.labels(self._name, str(status))
+        ended.inc()
+        metrics.duration.observe(duration_s)
 
     async def _guarded(self, scope: Scope, receive: Receive, send: Send, request_id: str, headers: Headers) -> int:
         """Turns everything that can go wrong into a ServeError; returns the status of an answer that was sent."""
@@ -72,7 +83,9 @@ class GenerationEndpoint:
             with serving.live.enter(request_id) as live:
                 try:
                     raw = await read_body(scope, receive, send, serving.limits.max_body_bytes)
-                    async with DisconnectWatch(receive, send, self._on_disconnect(live)) as watch:
+                    async with DisconnectWatch(
+                        receive, send, lambda: live.cancel(ClientGone("the client left"))
+                    ) as watch:
                         return await self._answer(raw, request_id, send, headers, live, watch)
                 except asyncio.CancelledError:
                     raise _reason_of(live) from None
@@ -81,13 +94,6 @@ class GenerationEndpoint:
         except Exception as error:
             logger.exception("request %s failed", request_id)
             raise Internal() from error
-
-    def _on_disconnect(self, live: LiveRequest) -> Callable[[], None]:
-        def left() -> None:
-            self._serving.metrics.disconnects.inc()
-            live.cancel(ClientGone("the client left"))
-
-        return left
 
     async def _answer(
         self,
@@ -107,7 +113,7 @@ class GenerationEndpoint:
         generation = Generation(self._serving, prepared, live)
         if not prepared.params.stream:
             whole = WholeAnswer(envelope, prepared.shape)
-            await generation.run(whole.emit, _ignore_end)
+            await generation.run(whole, _ignore_end)
             watch.stop()
             content = whole.body(generation.choices, generation.usage())
             await answer(send, 200, content, headers=headers)
@@ -124,23 +130,16 @@ class GenerationEndpoint:
             send, [*_SSE_HEADERS, *headers], generation.too_slow, self._serving.limits.max_buffered_bytes
         )
         async with stream:
-            status = 200
+            status, last = 200, [b""]
             try:
-                await generation.run(
-                    lambda choice, text, logprobs: stream.write(renderer.text(choice, text, logprobs)),
-                    generation.end_writer(stream, renderer),
-                )
+                await generation.run(StreamEmitter(renderer, stream), generation.end_writer(stream, renderer, last))
             except asyncio.CancelledError:
-                status = _write_error(stream, _reason_of(generation.live))
+                status, last = _as_event(stream, _reason_of(generation.live))
             except ServeError as error:
-                status = _write_error(stream, error)
+                status, last = _as_event(stream, error)
             watch.stop()
-            await stream.end()
+            await stream.end(*last)
         return status
-
-
-class ClientGone(RequestCancelled):
-    """Nobody is there to be told."""
 
 
 _SSE_HEADERS: Headers = [
@@ -168,16 +167,10 @@ class Generation:
         requests = self._requests()
         self.choices = [self._choice(index, request, emit) for index, request in enumerate(requests)]
         try:
-            async with asyncio.timeout(self.serving.limits.request_timeout_s):
-                if len(requests) == 1:
-                    await self._run_one(requests[0], self.choices[0], on_end)
-                else:
-                    await self._run_many(requests, on_end)
-        except TimeoutError:
-            raise RequestTimedOut(
-                f"The answer took longer than {self.serving.limits.request_timeout_s:g} s; ask for fewer tokens, or "
-                "start the server with a longer --request-timeout."
-            ) from None
+            if len(requests) == 1:
+                await self._run_one(requests[0], self.choices[0], on_end)
+            else:
+                await self._run_many(requests, on_end)
         finally:
             self._count()
 
@@ -194,17 +187,20 @@ class Generation:
     async def _run_one(self, request: Request, choice: Choice, on_end: OnEnd) -> None:
         finish = await self.serving.mode.run(request, choice, self.serving.cluster)
         choice.end(finish)
-        self.serving.metrics.finished.labels(choice.finish_reason).inc()
+        self.serving.metrics.finished[choice.finish_reason or ""].inc()
         on_end(choice, all(other.finish_reason is not None for other in self.choices))
 
-    def end_writer(self, stream: EventStream, renderer: ChunkRenderer) -> OnEnd:
-        """Writes a choice's last event; behind the last choice's, in the same piece, what ends the stream."""
+    def end_writer(self, stream: EventStream, renderer: ChunkRenderer, last: list[bytes]) -> OnEnd:
+        """Writes a choice's last event. The very last one, with what ends the stream, is left in `last` instead, to
+        go out together with the end of the body."""
 
         def write(choice: Choice, is_last: bool) -> None:
             data = renderer.end(choice)
-            if is_last:
-                data += (renderer.usage(self.usage()) if self.prepared.params.include_usage else b"") + DONE
-            stream.write(data)
+            if not is_last:
+                stream.write(data)
+                return
+            usage = renderer.usage(self.usage()) if self.prepared.params.include_usage else b""
+            last[0] = data + usage + DONE
 
         return write
 
@@ -288,12 +284,12 @@ def _reason_of(live: LiveRequest) -> BaseException:
     return live.reason
 
 
-def _write_error(stream: EventStream, error: BaseException) -> int:
-    """After the first byte an error is one event; before it, it is the answer's status. Re-raises what is not ours."""
+def _as_event(stream: EventStream, error: BaseException) -> tuple[int, list[bytes]]:
+    """After the first byte an error is the last event; before it, it is the answer's status. Re-raises what is not
+    for the stream."""
     if not isinstance(error, ServeError) or isinstance(error, ClientGone) or not stream.started:
         raise error
-    stream.write(b"data: " + body(error) + b"\n\n" + DONE)
-    return error.status
+    return error.status, [b"data: " + body(error) + b"\n\n" + DONE]
 
 
 async def answer_error(send: Send, error: ServeError, headers: Headers) -> None:

@@ -15,6 +15,7 @@ import orjson
 
 from trtserve.plugins.api import TokenLogprob
 from trtserve.server.api.choice import Choice
+from trtserve.server.api.stream import EventStream
 from trtserve.server.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -123,6 +124,11 @@ class ChunkRenderer:
             body["stop_reason"] = choice.stop_reason
         return opening + self._event([body])
 
+    def frame(self, choice: Choice) -> tuple[bytes, bytes] | None:
+        """What goes before and behind the JSON string of a piece of text, once the choice was opened; None where
+        each event differs in more than that."""
+        return None if self._continuous_usage is not None else self._frames.get(choice.index)
+
     def usage(self, usage: Usage) -> bytes:
         """The last event before [DONE], for include_usage."""
         return b"data: " + orjson.dumps(self._fields | {"choices": [], "usage": usage.body()}) + b"\n\n"
@@ -220,6 +226,24 @@ class CompletionShape:
         return {"index": index, "text": self._echoes[index] + text, "logprobs": logprobs}
 
 
+class StreamEmitter:
+    """Renders what choices emit, and writes it to the client's stream."""
+
+    def __init__(self, renderer: ChunkRenderer, stream: EventStream) -> None:
+        self._renderer = renderer
+        self._stream = stream
+
+    def __call__(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob]) -> None:
+        self._stream.write(self._renderer.text(choice, text, logprobs))
+
+    def plain(self, choice: Choice) -> Callable[[str], None] | None:
+        frame = self._renderer.frame(choice)
+        if frame is None:
+            return None
+        write = self._stream.framed(*frame)
+        return lambda text: write(orjson.dumps(text))
+
+
 class WholeAnswer:
     """Collects the text of all choices for an answer that is not streamed."""
 
@@ -229,10 +253,13 @@ class WholeAnswer:
         self._texts: dict[int, list[str]] = {}
         self._logprobs: dict[int, list[TokenLogprob]] = {}
 
-    def emit(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob]) -> None:
+    def __call__(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         self._texts.setdefault(choice.index, []).append(text)
         if logprobs:
             self._logprobs.setdefault(choice.index, []).extend(logprobs)
+
+    def plain(self, choice: Choice) -> Callable[[str], None] | None:
+        return self._texts.setdefault(choice.index, []).append
 
     def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         rendered = [self._choice(choice) for choice in choices]

@@ -179,17 +179,23 @@ class Router:
 
     def plan(self, role: Role) -> None:
         """Ask the policy who goes where now, and book it."""
-        if not self._held:
-            return
+        # Once more where the policy saw a full window and found room for some of it: there may be more of both.
+        while self._held and self._plan_window(role) == _WINDOW:
+            pass
+
+    def _plan_window(self, role: Role) -> int:
+        """One decision over the oldest held requests; returns how many were looked at, 0 if nothing was placed."""
         in_order = (held.waiting for held in self._held.values() if held.waiting.role is role)
         waiting = list(islice(in_order, _WINDOW))
         views = [worker.view() for worker in self._workers.values() if worker.role is role]
         if not waiting or not views or not any(view.free_slots > 0 for view in views):
-            return
-        for request_id, worker_id in self._policy.assign(waiting, views, time.monotonic()):
+            return 0
+        assignments = self._policy.assign(waiting, views, time.monotonic())
+        for request_id, worker_id in assignments:
             held = self._held[request_id]
             self._let_go(request_id)
             if not held.placed.done():
                 request = held.waiting.request
                 tokens = len(request.prompt) + request.sampling.max_tokens
                 held.placed.set_result(Booking(self, self._workers[worker_id], tokens))
+        return len(waiting) if assignments else 0

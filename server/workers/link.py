@@ -26,6 +26,10 @@ _SEND_QUEUE = 10_000
 """Messages ZeroMQ holds for one worker. It is full only when the worker has stopped reading; `send` then says so."""
 
 
+class EndpointError(Exception):
+    """The workers' address cannot be used; the text names it."""
+
+
 class Link:
     """Owns the socket. Use as a context manager inside the loop that is to read it.
 
@@ -52,10 +56,20 @@ class Link:
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.SNDHWM, _SEND_QUEUE)
         self._socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
-        self._socket.bind(self._endpoint)
+        self._bind()
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._socket.fileno(), self._drain)
         return self
+
+    def _bind(self) -> None:
+        """Raises EndpointError."""
+        try:
+            self._socket.bind(self._endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise EndpointError(
+                f"workers cannot connect to {self._endpoint}: {zmq.strerror(error.errno or 0)}"
+            ) from error
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -61,10 +61,14 @@ class WorkerPool:
         return self._clients[worker_id]
 
     def gone(self, client: WorkerClient, reason: str) -> None:
-        """A worker has ended or is given up. Fails its requests, then tells the listener. Idempotent."""
+        """A worker has ended or is given up. Fails its requests, then tells the listener. Idempotent.
+
+        Its process, should it live on somewhere, is told to end, and nothing that it still sends counts.
+        """
         was_ready = client.state is WorkerState.READY
         for identity in [key for key, value in self._by_identity.items() if value is client]:
             del self._by_identity[identity]
+            self._send(identity, wire.Shutdown())
         client.gone(reason)
         if was_ready:
             self._listener.worker_gone(client)
@@ -83,7 +87,7 @@ class WorkerPool:
         client.heard()
         match message:
             case wire.Step():
-                client.on_step(message)
+                self._step(client, message)
             case wire.Heartbeat():
                 client.on_heartbeat(message)
             case wire.Progress():
@@ -94,6 +98,14 @@ class WorkerPool:
             case wire.Failed():
                 self.gone(client, message.reason)
 
+    def _step(self, client: WorkerClient, step: wire.Step) -> None:
+        try:
+            client.on_step(step)
+        except (TypeError, ValueError) as error:
+            # Its packed arrays do not agree with each other: what it says cannot be trusted any more.
+            logger.exception("%s sent a step that makes no sense", client.worker_id)
+            self.gone(client, f"it sent a step that makes no sense: {error}")
+
     def _hello(self, identity: bytes, hello: wire.Hello) -> None:
         reason = self._objection(hello)
         if reason is not None:
@@ -101,7 +113,7 @@ class WorkerPool:
             self._send(identity, wire.Refused(reason))
             return
         client = self._clients.get(hello.worker_id) or self.add(hello.worker_id, hello.role)
-        if client.state is WorkerState.READY:
+        if client in self._by_identity.values():
             self.gone(client, "another process took its place")
         client.state = WorkerState.STARTING
         self._by_identity[identity] = client

@@ -46,7 +46,8 @@ class WorkerStartFailed(Exception):
 
 
 class Supervisor:
-    """One task per worker slot inside `run`; cancelling `run` ends every process before it returns.
+    """One task per worker slot inside `run`, and one for all workers started by hand; cancelling `run` ends every
+    process of ours before it returns.
 
     A worker that was never ready and ends is a configuration error: `run` raises WorkerStartFailed with its last
     lines. One that was ready once is started again for ever, with pauses that double up to the longest.
@@ -67,6 +68,8 @@ class Supervisor:
 
     async def run(self, clients: Sequence[WorkerClient]) -> None:
         async with asyncio.TaskGroup() as group:
+            ours = frozenset(client.worker_id for client in clients)
+            group.create_task(self._watch_guests(ours), name="watch-guests")
             for client in clients:
                 group.create_task(self._keep(client), name=f"keep-{client.worker_id}")
 
@@ -106,7 +109,7 @@ class Supervisor:
             await _shielded(self._end(process, exited))
             del self.processes[client.worker_id]
         # A worker that said why it failed said it better than its exit code does.
-        return exited.result(), client.phase if client.phase != reason else reason
+        return exited.result(), client.phase
 
     async def _watch(self, client: WorkerClient, exited: asyncio.Future[int]) -> str:
         start_deadline_s = time.monotonic() + self._limits.start_s
@@ -117,9 +120,25 @@ class Supervisor:
             now_s = time.monotonic()
             if client.state is WorkerState.STARTING and now_s > start_deadline_s:
                 return f"not ready after {self._limits.start_s:.0f} s (last phase: {client.phase})"
+            if client.state is WorkerState.GONE:
+                # It said that it failed; its process has a moment to end by itself.
+                await asyncio.wait({exited}, timeout=self._limits.stop_s)
+                return client.phase
             trouble = client.trouble(now_s, self._limits.silence_s, self._limits.stall_s)
             if trouble is not None:
                 return trouble
+
+    async def _watch_guests(self, ours: frozenset[WorkerId]) -> None:
+        """Workers started by hand have no process here: that they fall silent is all there is to see."""
+        while True:
+            await asyncio.sleep(_CHECK_INTERVAL_S)
+            for client in self._pool:
+                if client.worker_id in ours:
+                    continue
+                trouble = client.trouble(time.monotonic(), self._limits.silence_s, self._limits.stall_s)
+                if trouble is not None:
+                    logger.error("%s: %s", client.worker_id, trouble)
+                    self._pool.gone(client, trouble)
 
     async def _end(self, process: WorkerProcess, exited: asyncio.Future[int]) -> None:
         """Make sure that nothing of the process's group is left."""

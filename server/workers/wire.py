@@ -169,6 +169,9 @@ _encoder = msgspec.msgpack.Encoder()
 _from_worker = msgspec.msgpack.Decoder(FromWorker)
 _to_worker = msgspec.msgpack.Decoder(ToWorker)
 
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+"""What msgspec raises for bytes that are no message; the last two for texts that are no UTF-8 and for deep nesting."""
+
 
 class WireError(ValueError):
     """A message that does not decode: another version, or not one of ours."""
@@ -181,14 +184,14 @@ def encode(message: FromWorker | ToWorker) -> bytes:
 def decode_from_worker(data: bytes) -> FromWorker:
     try:
         return _from_worker.decode(data)  # type: ignore[no-any-return]  # a union is not a type object
-    except msgspec.DecodeError as error:
+    except _UNDECODABLE as error:
         raise WireError(str(error)) from error
 
 
 def decode_to_worker(data: bytes) -> ToWorker:
     try:
         return _to_worker.decode(data)  # type: ignore[no-any-return]
-    except msgspec.DecodeError as error:
+    except _UNDECODABLE as error:
         raise WireError(str(error)) from error
 
 

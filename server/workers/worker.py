@@ -13,6 +13,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import zmq
@@ -131,10 +132,12 @@ class Worker:
         self._engine: Engine | None = None
         self._starting: threading.Thread | None = None
         self._exit_code: int | None = None
+        self._is_told_to_stop = False
         self._next_heartbeat_s = 0.0
 
     def stop(self) -> None:
         """Ask `run` to end; safe in a signal handler."""
+        self._is_told_to_stop = True
         self._exit_code = EXIT_OK
         os.eventfd_write(self._outbox.descriptor, 1)
 
@@ -156,6 +159,7 @@ class Worker:
         finally:
             self._close_engine()
             socket.disable_monitor()
+            monitor.close()  # term waits for every socket of the context
             socket.close()
             context.term()
 
@@ -180,6 +184,10 @@ class Worker:
             if self._sink.failed.is_set():
                 self._send(socket)
                 return EXIT_ENGINE_FAILED
+        if self._is_told_to_stop:
+            # The server would otherwise learn of it from silence only, where no process of its own ended.
+            with suppress(zmq.Again):
+                socket.send(wire.encode(wire.Failed("it was told to end")), zmq.NOBLOCK)
         return self._exit_code
 
     def _send(self, socket: zmq.Socket[bytes]) -> None:

@@ -120,6 +120,8 @@ class Server:
                     group.create_task(self._announce(), name="announce"),
                     group.create_task(self._measure_loop_delay(), name="loop-delay"),
                 ]
+                if not self._plan.workers:
+                    print(f"{self._url()} is up, waiting for workers at {endpoint}", flush=True)
                 await self._stop.wait()
                 exit_code = await self._drain()
                 self._stop_http.set()
@@ -202,10 +204,13 @@ class Server:
         gc.set_threshold(*_GC_THRESHOLDS)
         print(self._banner(), flush=True)
 
-    def _banner(self) -> str:
+    def _url(self) -> str:
         host, port = self._address
-        url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
-        workers = ", ".join(worker.worker_id for worker in self._plan.workers)
+        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+    def _banner(self) -> str:
+        url = self._url()
+        workers = ", ".join(client.worker_id for client in self._pool)
         body = (
             f'{{"model": "{self._model_name}", "stream": true, '
             '"messages": [{"role": "user", "content": "What is the capital of France?"}]}'

@@ -19,9 +19,11 @@ class ServerCluster:
 
     def __init__(self, router: Router, metrics: Metrics) -> None:
         self._router = router
+        self._metrics = metrics
         self._route_seconds = metrics.stages["route"]
         self._pool: WorkerPool | None = None
         self._came = asyncio.Event()
+        self._max_seq_len: int | None = None
 
     def attach(self, pool: WorkerPool) -> None:
         """The pool that runs what the router places; it needs this object first."""
@@ -52,19 +54,24 @@ class ServerCluster:
     def worker_ready(self, client: WorkerClient) -> None:
         assert client.info is not None
         self._router.add_worker(client.worker_id, client.role, client.info, lambda: client.load)
+        self._measure()
         self._came.set()
 
     def worker_gone(self, client: WorkerClient) -> None:
         self._router.remove_worker(client.worker_id)
+        self._measure()
+
+    def _measure(self) -> None:
+        self._max_seq_len = min((info.max_seq_len for info in self._router.infos()), default=None)
 
     # -------------------------------------------------------------- questions
 
     def max_seq_len(self) -> int:
         """The longest sequence that every ready worker takes. Raises Overloaded when none is ready."""
-        lengths = [info.max_seq_len for info in self._router.infos()]
-        if not lengths:
+        if self._max_seq_len is None:
+            self._metrics.rejections.labels("no_worker").inc()
             raise Overloaded("no worker is ready", code="no_worker", retry_after_s=5.0)
-        return min(lengths)
+        return self._max_seq_len
 
     def is_ready(self, roles: set[Role]) -> bool:
         """Whether a worker of every role is ready."""

@@ -12,6 +12,8 @@ from typing import Any
 
 from trtserve.plugins.api import LaunchSpec, Mode, ModeConfig, PolicyConfig, Role, RoutingPolicy, WorkerId
 from trtserve.plugins.manager import PluginError, PluginManager
+from trtserve.server.workers.token import given_token
+from trtserve.settings.load import SettingsError
 from trtserve.settings.schema import Settings
 
 _NOT_FOR_WORKERS = {
@@ -41,7 +43,7 @@ class Plan:
 
 
 def make_plan(settings: Settings, manager: PluginManager) -> Plan:
-    """Raises PluginError naming everything that cannot be had."""
+    """Raises PluginError naming everything that cannot be had, SettingsError where no worker could ever join."""
     problems = [problem for kind, name in _plugins_of(settings) if (problem := manager.problem(kind, name)) is not None]
     if problems:
         raise PluginError("\n".join(problems))
@@ -54,6 +56,11 @@ def make_plan(settings: Settings, manager: PluginManager) -> Plan:
     workers = tuple(
         WorkerPlan(WorkerId(f"{role}-{number}"), role) for role, count in mode.roles.items() for number in range(count)
     )
+    if not workers and given_token(settings) is None:
+        raise SettingsError(
+            "--workers 0: workers that are started by hand show a token; give --worker-token-file or "
+            "TRTSERVE_WORKER_TOKEN to the server and to them"
+        )
     return Plan(mode, policy, engine_options, router_options, workers)
 
 

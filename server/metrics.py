@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+
+from trtserve.server.instruments import Counter, Family, Gauge, Histogram
 
 STAGES = ("validate", "template", "tokenize", "route")
 FINISH_REASONS = ("stop", "length")
@@ -60,62 +63,57 @@ class ServerSample:
 
 
 class Metrics:
-    """The registry and the instruments that the code counts with."""
+    """The registry and the instruments that the code counts with, all of them on the event loop."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series per counter that nobody asked for
-        self.registry = registry = CollectorRegistry()
-        self.requests = Counter(
-            "trtserve_requests", "HTTP requests that ended", ("endpoint", "status"), registry=registry
-        )
-        finished = Counter(
-            "trtserve_sequences_finished", "Generated sequences that ended", ("finish_reason",), registry=registry
-        )
+        self.registry = CollectorRegistry()
+        self.requests = self._counters("trtserve_requests", "HTTP requests that ended", "endpoint", "status")
+        finished = self._counters("trtserve_sequences_finished", "Generated sequences that ended", "finish_reason")
         self.finished = {reason: finished.labels(reason) for reason in FINISH_REASONS}
-        self.rejections = Counter(
-            "trtserve_rejections",
-            "Requests turned away: queue_full, no_worker, draining",
-            ("reason",),
-            registry=registry,
+        self.rejections = self._counters(
+            "trtserve_rejections", "Sequences turned away: queue_full, no_worker", "reason"
         )
-        self.disconnects = Counter(
-            "trtserve_disconnects", "Clients that left before their answer's end", registry=registry
+        self.disconnects = self._counter("trtserve_disconnects", "Clients that left before their answer's end")
+        self.prompt_tokens = self._counter("trtserve_prompt_tokens", "Prompt tokens of ended requests")
+        self.cached_tokens = self._counter(
+            "trtserve_cached_prompt_tokens", "Prompt tokens that came from a prefix cache"
         )
-        self.prompt_tokens = Counter("trtserve_prompt_tokens", "Prompt tokens of ended requests", registry=registry)
-        self.cached_tokens = Counter(
-            "trtserve_cached_prompt_tokens", "Prompt tokens that came from a prefix cache", registry=registry
+        self.generation_tokens = self._counter("trtserve_generation_tokens", "Generated tokens")
+        self.ttft = self._histogram(
+            "trtserve_time_to_first_token_seconds", "From the request's arrival to its first token", _TTFT_BUCKETS
         )
-        self.generation_tokens = Counter("trtserve_generation_tokens", "Generated tokens", registry=registry)
-        self.ttft = Histogram(
-            "trtserve_time_to_first_token_seconds",
-            "From the request's arrival to its first token",
-            buckets=_TTFT_BUCKETS,
-            registry=registry,
+        self.tpot = self._histogram(
+            "trtserve_time_per_output_token_seconds", "Mean time between tokens of a request", _TPOT_BUCKETS
         )
-        self.tpot = Histogram(
-            "trtserve_time_per_output_token_seconds",
-            "Mean time between tokens of a request",
-            buckets=_TPOT_BUCKETS,
-            registry=registry,
+        self.duration = self._histogram(
+            "trtserve_request_duration_seconds", "From the request's arrival to its end", _E2E_BUCKETS
         )
-        self.duration = Histogram(
-            "trtserve_request_duration_seconds",
-            "From the request's arrival to its end",
-            buckets=_E2E_BUCKETS,
-            registry=registry,
-        )
-        stages = Histogram(
+        stages = self._histograms(
             "trtserve_stage_duration_seconds",
             f"Time of a stage before the engine: {', '.join(STAGES)}",
-            ("stage",),
-            buckets=_STAGE_BUCKETS,
-            registry=registry,
+            _STAGE_BUCKETS,
+            "stage",
         )
         self.stages = {stage: stages.labels(stage) for stage in STAGES}
-        self.loop_delay = Gauge(
-            "trtserve_event_loop_delay_seconds", "How late the last timer of the event loop was", registry=registry
-        )
-        self.build = Gauge("trtserve_build_info", "Always 1", ("version", "engine", "model"), registry=registry)
+        self.loop_delay = self._gauges(
+            "trtserve_event_loop_delay_seconds", "How late the last timer of the event loop was"
+        ).labels()
+        self.build = self._gauges("trtserve_build_info", "Always 1", "version", "engine", "model")
+
+    def _counters(self, name: str, meaning: str, *labels: str) -> Family[Counter]:
+        return Family(self.registry, CounterMetricFamily, name, meaning, Counter, labels)
+
+    def _counter(self, name: str, meaning: str) -> Counter:
+        return self._counters(name, meaning).labels()
+
+    def _gauges(self, name: str, meaning: str, *labels: str) -> Family[Gauge]:
+        return Family(self.registry, GaugeMetricFamily, name, meaning, Gauge, labels)
+
+    def _histograms(self, name: str, meaning: str, buckets: Sequence[float], *labels: str) -> Family[Histogram]:
+        return Family(self.registry, HistogramMetricFamily, name, meaning, partial(Histogram, buckets), labels)
+
+    def _histogram(self, name: str, meaning: str, buckets: Sequence[float]) -> Histogram:
+        return self._histograms(name, meaning, buckets).labels()
 
     def watch(self, sample: Callable[[], ServerSample]) -> None:
         """Collect the gauges of server and workers from `sample` at every scrape."""

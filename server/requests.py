@@ -49,11 +49,15 @@ class LiveRequests:
         self._next += 1
         return RequestId(self._next)
 
+    def check_open(self) -> None:
+        """Raises Overloaded while draining."""
+        if self.draining:
+            raise Overloaded("the server is shutting down", code="draining", retry_after_s=5.0)
+
     @contextmanager
     def enter(self, public_id: str) -> Iterator[LiveRequest]:
         """The present task answers a request for the length of the block. Raises Overloaded while draining."""
-        if self.draining:
-            raise Overloaded("the server is shutting down", code="draining", retry_after_s=5.0)
+        self.check_open()
         task = asyncio.current_task()
         assert task is not None
         loop = task.get_loop()

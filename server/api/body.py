@@ -37,14 +37,17 @@ async def read_body(scope: Scope, receive: Receive, send: Send, max_bytes: int) 
             parts.append(part)
         if not message.get("more_body", False):
             return parts[0] if len(parts) == 1 else b"".join(parts)
-    await _drain(receive, send, _DRAIN_FACTOR * max_bytes)
+    await discard_body(receive, send, _DRAIN_FACTOR * max_bytes)
     raise BodyTooLarge(
         f"The request body has {max(announced, received)} bytes or more and the limit is {max_bytes}; send less, or "
         "start the server with a larger --max-body-mib."
     )
 
 
-async def _drain(receive: Receive, send: Send, max_bytes: int) -> None:
+async def discard_body(receive: Receive, send: Send, max_bytes: int) -> None:
+    """Read what is left of a body that nobody wants, before answering with an error: hypercorn closes a connection
+    whose request was not read to its end, which clients see as a broken one. A long or slow body is cut off.
+    """
     received = 0
     try:
         async with asyncio.timeout(_DRAIN_TIMEOUT_S):

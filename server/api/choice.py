@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from trtserve.plugins.api import Finish, FinishReason, TokenLogprob
@@ -42,6 +42,7 @@ class Choice:
         "_num_plain_tokens",
         "_pending",
         "_stop",
+        "_stop_token_ids",
         "_text",
         "cached_tokens",
         "finish_reason",
@@ -59,8 +60,10 @@ class Choice:
         emit: Emit,
         stop: Callable[[], None],
         fail: Callable[[ServeError], None],
+        stop_token_ids: Collection[int] = (),
     ) -> None:
-        """`stop` ends the sequence's run early; `fail` ends the whole request."""
+        """`stop` ends the sequence's run early; `fail` ends the whole request. stop_token_ids: the client's own, named
+        as the stop reason; an end-of-sequence token is no reason to name."""
         self.index = index
         self.cached_tokens = 0
         self.first_token_s = 0.0  # time.monotonic(), 0: none yet
@@ -72,6 +75,7 @@ class Choice:
         self._emit = emit
         self._stop = stop
         self._fail = fail
+        self._stop_token_ids = stop_token_ids
         self._pending: list[int] = []
         self._logprobs: list[TokenLogprob] = []
         self._num_logprobs = 0  # given out
@@ -153,7 +157,8 @@ class Choice:
             rest = self._text.finish()
             if rest:
                 self._emit(self, rest, ())
-            self.stop_reason = self._text.stop_string if self._text.stop_string is not None else finish.stop_token_id
+            named = finish.stop_token_id if finish.stop_token_id in self._stop_token_ids else None
+            self.stop_reason = self._text.stop_string if self._text.stop_string is not None else named
         self.finish_reason = (
             "length" if finish.reason is FinishReason.LENGTH and self._text.stop_string is None else "stop"
         )

@@ -12,16 +12,15 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import Counter
-
 from trtserve.plugins.api import Request, TokenIds
-from trtserve.server.api.body import ClientGone, answer, read_body
+from trtserve.server.api.body import ClientGone, answer, discard_body, read_body
 from trtserve.server.api.choice import Choice, Emit
 from trtserve.server.api.parameters import GenerationParams, ignored_header, max_tokens_for, to_sampling_params
 from trtserve.server.api.rendering import DONE, ChunkRenderer, Envelope, Shape, StreamEmitter, Usage, WholeAnswer
 from trtserve.server.api.serving import Serving, request_id_of
 from trtserve.server.api.stream import DisconnectWatch, EventStream, Headers, Receive, Scope, Send, open_stream
-from trtserve.server.errors import Internal, ServeError, body
+from trtserve.server.errors import Internal, Overloaded, ServeError, body
+from trtserve.server.instruments import Counter
 from trtserve.server.requests import LiveRequest
 from trtserve.server.text.text_stream import TextStream
 
@@ -79,7 +78,7 @@ class GenerationEndpoint:
         """Turns everything that can go wrong into a ServeError; returns the status of an answer that was sent."""
         serving = self._serving
         try:
-            serving.keys.check(scope)
+            await self._admit(scope, receive, send)
             with serving.live.enter(request_id) as live:
                 try:
                     raw = await read_body(scope, receive, send, serving.limits.max_body_bytes)
@@ -94,6 +93,18 @@ class GenerationEndpoint:
         except Exception as error:
             logger.exception("request %s failed", request_id)
             raise Internal() from error
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Raises what is wrong before the body is looked at."""
+        serving = self._serving
+        try:
+            serving.keys.check(scope)
+            serving.live.check_open()
+        except ServeError as error:
+            if isinstance(error, Overloaded):
+                serving.metrics.rejections.labels(error.code).inc()
+            await discard_body(receive, send, serving.limits.max_body_bytes)
+            raise
 
     async def _answer(
         self,
@@ -256,6 +267,7 @@ class Generation:
             emit,
             stop=lambda: self.serving.cluster.stop(request.id),
             fail=self.live.cancel,
+            stop_token_ids=params.stop_token_ids,
         )
 
     def _count(self) -> None:

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from trtserve.server.api.body import discard_body
 from trtserve.server.api.chat import prepare_chat
 from trtserve.server.api.completions import prepare_completion
 from trtserve.server.api.generation import GenerationEndpoint, answer_error
@@ -21,6 +22,9 @@ from trtserve.server.api.serving import Serving, request_id_of
 from trtserve.server.api.stream import Receive, Scope, Send
 from trtserve.server.api.tokenization import Tokenization
 from trtserve.server.errors import Internal, MethodNotAllowed, NotFound, ServeError, body
+
+_UNWANTED_BODY_BYTES = 2**20
+"""So much of a body is read where none is wanted; past it the connection is cut off."""
 
 Asgi = Callable[[Scope, Receive, Send], Awaitable[None]]
 Handler = Callable[[Request], Awaitable[Response]]
@@ -44,6 +48,7 @@ class Application:
             await generating(scope, receive, send)
         else:
             headers = [(b"x-request-id", request_id_of(scope).encode())]
+            await discard_body(receive, send, _UNWANTED_BODY_BYTES)
             await answer_error(send, MethodNotAllowed(scope["method"], ("POST",)), headers)
 
 
@@ -57,7 +62,11 @@ def _starlette(serving: Serving) -> Starlette:
 
     def guarded(handler: Handler) -> Handler:
         async def checked(request: Request) -> Response:
-            serving.keys.check(dict(request.scope))
+            try:
+                serving.keys.check(dict(request.scope))
+            except ServeError:
+                await _discard_body_of(request)
+                raise
             return await handler(request)
 
         return checked
@@ -85,11 +94,16 @@ async def _on_serve_error(request: Request, error: ServeError) -> Response:
 
 
 async def _on_http_exception(request: Request, error: HTTPException) -> Response:
+    await _discard_body_of(request)
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "another method")
         return await _on_serve_error(request, MethodNotAllowed(request.method, tuple(allowed.split(", "))))
     path = request.url.path[:200]
     return await _on_serve_error(request, NotFound(f"There is nothing at {path!r}; /openapi.json lists what is."))
+
+
+async def _discard_body_of(request: Request) -> None:
+    await discard_body(request.receive, request._send, _UNWANTED_BODY_BYTES)  # type: ignore[arg-type]
 
 
 async def _on_defect(request: Request, error: Exception) -> Response:

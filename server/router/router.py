@@ -138,7 +138,12 @@ class Router:
         if not any(worker.role is role for worker in self._workers.values()):
             self._metrics.rejections.labels("no_worker").inc()
             raise Overloaded(f"no {role} worker is ready", code="no_worker", retry_after_s=_NO_WORKER_RETRY_S)
-        held = _Held(HeldRequest(request, role, time.monotonic()), asyncio.get_running_loop().create_future())
+        waiting = HeldRequest(request, role, time.monotonic())
+        if not self._held:
+            booking = self._book_at_once(waiting)
+            if booking is not None:
+                return booking
+        held = _Held(waiting, asyncio.get_running_loop().create_future())
         self._hold(held)
         self.plan(role)
         if held.placed.done():
@@ -153,6 +158,14 @@ class Router:
             raise
         finally:
             self._let_go(request.id)
+
+    def _book_at_once(self, waiting: HeldRequest) -> Booking | None:
+        """The usual case, without the queue: nobody waits, and the policy finds a worker with room."""
+        views = self._views(waiting.role)
+        if any(view.free_slots > 0 for view in views):
+            for _, worker_id in self._policy.assign((waiting,), views, waiting.held_since_s):
+                return self._book(waiting.request, worker_id)
+        return None
 
     def _check_room(self, held: _Held) -> None:
         """The queue includes `held`; if that is one too many, it goes."""
@@ -187,7 +200,7 @@ class Router:
         """One decision over the oldest held requests; returns how many were looked at, 0 if nothing was placed."""
         in_order = (held.waiting for held in self._held.values() if held.waiting.role is role)
         waiting = list(islice(in_order, _WINDOW))
-        views = [worker.view() for worker in self._workers.values() if worker.role is role]
+        views = self._views(role)
         if not waiting or not views or not any(view.free_slots > 0 for view in views):
             return 0
         assignments = self._policy.assign(waiting, views, time.monotonic())
@@ -195,7 +208,11 @@ class Router:
             held = self._held[request_id]
             self._let_go(request_id)
             if not held.placed.done():
-                request = held.waiting.request
-                tokens = len(request.prompt) + request.sampling.max_tokens
-                held.placed.set_result(Booking(self, self._workers[worker_id], tokens))
+                held.placed.set_result(self._book(held.waiting.request, worker_id))
         return len(waiting) if assignments else 0
+
+    def _views(self, role: Role) -> list[WorkerView]:
+        return [worker.view() for worker in self._workers.values() if worker.role is role]
+
+    def _book(self, request: Request, worker_id: WorkerId) -> Booking:
+        return Booking(self, self._workers[worker_id], len(request.prompt) + request.sampling.max_tokens)

@@ -26,6 +26,10 @@ _SEND_QUEUE = 10_000
 """Messages ZeroMQ holds for one worker. It is full only when the worker has stopped reading; `send` then says so."""
 
 
+_LAST_WORDS_MS = 500
+"""How long closing waits for messages on their way, such as Shutdown to workers that are no children of ours."""
+
+
 class EndpointError(Exception):
     """The workers' address cannot be used; the text names it."""
 
@@ -75,8 +79,8 @@ class Link:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._loop.remove_reader(self._socket.fileno())
-        self._socket.close()
-        self._context.destroy(linger=0)
+        self._socket.close(linger=_LAST_WORDS_MS)
+        self._context.term()
 
     @property
     def endpoint(self) -> str:

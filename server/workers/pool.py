@@ -147,6 +147,8 @@ class WorkerPool:
                 )
                 logger.error("refused worker %s: %s", client.worker_id, reason)
                 self._send(identity, wire.Refused(reason))
+                del self._by_identity[identity]  # it ends by itself, with the exit code of a refusal
+                self.gone(client, reason)
                 return
         client.ready(info)
         logger.info(

@@ -58,11 +58,17 @@ async def discard_body(receive: Receive, send: Send, max_bytes: int) -> None:
                     return
     except TimeoutError:
         pass
+    if cut_off(send):
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+def cut_off(send: Send) -> bool:
+    """Close the connection at once, whatever is still to be sent; False where there is no way to it."""
     path = find_path(send)
     if path is not None:
         path.transport.abort()
-        while (await receive())["type"] != "http.disconnect":
-            pass
+    return path is not None
 
 
 async def answer(

@@ -163,6 +163,33 @@ class Choice:
             "length" if finish.reason is FinishReason.LENGTH and self._text.stop_string is None else "stop"
         )
 
+    def release(self) -> None:
+        """The request is over: let go of everything that refers back to this choice, so that reference counting frees
+        them all at once and the garbage collector has nothing to find."""
+        self._emit, self._emit_plain = _nowhere, None
+        self._stop, self._fail = _nothing, _nobody
+
+
+class _Nowhere:
+    """Where the tokens of a released choice go, should any still come."""
+
+    def __call__(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob]) -> None:
+        pass
+
+    def plain(self, choice: Choice) -> Callable[[str], None] | None:
+        return None
+
+
+_nowhere = _Nowhere()
+
+
+def _nothing() -> None:
+    pass
+
+
+def _nobody(error: ServeError) -> None:
+    pass
+
 
 class Flusher:
     """The choices with tokens that are not text yet. One per server; the link calls `flush` after every drain."""

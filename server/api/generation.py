@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from trtserve.plugins.api import Request, TokenIds
-from trtserve.server.api.body import ClientGone, answer, discard_body, read_body
+from trtserve.server.api.body import ClientGone, answer, cut_off, discard_body, read_body
 from trtserve.server.api.choice import Choice, Emit
 from trtserve.server.api.parameters import GenerationParams, ignored_header, max_tokens_for, to_sampling_params
 from trtserve.server.api.rendering import DONE, ChunkRenderer, Envelope, Shape, StreamEmitter, Usage, WholeAnswer
@@ -122,12 +122,21 @@ class GenerationEndpoint:
             headers.append((b"x-trtserve-ignored-params", names.encode()))
         envelope = Envelope.new(f"{self._id_prefix}{request_id}", self._serving.model.name)
         generation = Generation(self._serving, prepared, live)
+        try:
+            return await self._run(generation, envelope, send, headers, watch)
+        finally:
+            generation.release()
+
+    async def _run(
+        self, generation: Generation, envelope: Envelope, send: Send, headers: Headers, watch: DisconnectWatch
+    ) -> int:
+        prepared = generation.prepared
         if not prepared.params.stream:
             whole = WholeAnswer(envelope, prepared.shape)
             await generation.run(whole, _ignore_end)
             watch.stop()
             content = whole.body(generation.choices, generation.usage())
-            await answer(send, 200, content, headers=headers)
+            await _answer_whole(send, content, headers, generation.live)
             return 200
         return await self._stream(envelope, generation, send, headers, watch)
 
@@ -214,6 +223,11 @@ class Generation:
             last[0] = data + usage + DONE
 
         return write
+
+    def release(self) -> None:
+        """The request is over."""
+        for choice in self.choices:
+            choice.release()
 
     def too_slow(self) -> None:
         self.live.cancel(ClientGone("the client did not read its answer"))
@@ -302,6 +316,18 @@ def _as_event(stream: EventStream, error: BaseException) -> tuple[int, list[byte
     if not isinstance(error, ServeError) or isinstance(error, ClientGone) or not stream.started:
         raise error
     return error.status, [b"data: " + body(error) + b"\n\n" + DONE]
+
+
+async def _answer_whole(send: Send, content: bytes, headers: Headers, live: LiveRequest) -> None:
+    """A large answer waits here for a client that does not read. Cancelled then, it can no longer become an error."""
+    try:
+        await answer(send, 200, content, headers=headers)
+    except asyncio.CancelledError:
+        reason = _reason_of(live)
+        cut_off(send)
+        if isinstance(reason, ServeError):
+            raise ClientGone("the client did not read its answer") from None
+        raise
 
 
 async def answer_error(send: Send, error: ServeError, headers: Headers) -> None:

@@ -42,7 +42,9 @@ class Application:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         generating = self._generating.get(scope.get("path", ""))
-        if generating is None or scope["type"] != "http":
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
+        elif generating is None or scope["type"] != "http":
             await self._rest(scope, receive, send)
         elif scope["method"] == "POST":
             await generating(scope, receive, send)
@@ -50,6 +52,13 @@ class Application:
             headers = [(b"x-request-id", request_id_of(scope).encode())]
             await discard_body(receive, send, _UNWANTED_BODY_BYTES)
             await answer_error(send, MethodNotAllowed(scope["method"], ("POST",)), headers)
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    """ASGI's lifespan: nothing to do, and, unlike Starlette's, no failure if it is cancelled at the end."""
+    for _ in ("startup", "shutdown"):
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
 
 
 def _starlette(serving: Serving) -> Starlette:

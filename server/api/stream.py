@@ -48,11 +48,11 @@ class DisconnectWatch:
     async def __aenter__(self) -> DisconnectWatch:
         if self._stream is None:
             self._task = asyncio.create_task(self._wait_for_disconnect())  # owned: cancelled and awaited below
-        elif self._stream.closed:
-            self._gone()
         else:
             self._app_put = self._stream.app_put
             self._stream.app_put = self._put
+            if self._stream.closed:
+                self._gone()
         return self
 
     async def __aexit__(self, *exception: object) -> None:
@@ -60,6 +60,9 @@ class DisconnectWatch:
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})
+        elif self._stream is not None:
+            self._stream.app_put = self._app_put
+        self._stream = None  # nothing is left that refers to itself, so nothing waits for the garbage collector
 
     def stop(self) -> None:
         """From here on the client's leaving is no news: hypercorn says so after every complete answer too."""

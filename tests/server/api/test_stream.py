@@ -1,0 +1,148 @@
+"""Events reach the socket the short way and the plain way alike: a real hypercorn, real sockets, every byte."""
+
+import asyncio
+
+import h11
+import pytest
+
+from tests.server.api.connections import BIG, HEADERS, SEE_ALL, direct, get, no_one, plain, response, serving
+from trtserve.server.api.stream import AsgiStream, open_stream
+
+
+@pytest.mark.parametrize("make", [direct, plain])
+async def test_both_ways_say_the_same(make):
+    async def answer(scope, receive, send):
+        async with make(send, HEADERS, no_one, BIG) as stream:
+            assert not stream.started
+            for event in SEE_ALL:
+                stream.write(event)
+                assert stream.started
+                await asyncio.sleep(0.01)  # so that each is a piece of its own on both ways
+            await stream.end()
+
+    async with serving(answer) as connect:
+        reader, writer = await connect()
+        writer.write(get())
+        head, chunks = await response(reader)
+    assert head == (
+        b"HTTP/1.1 200 \r\ncontent-type: text/event-stream\r\nx-request-id: 7\r\nTransfer-Encoding: chunked\r\n\r\n"
+    )
+    assert chunks == SEE_ALL
+
+
+@pytest.mark.parametrize("make", [direct, plain])
+async def test_every_way_to_write_keeps_order_and_the_connection(make):
+    """Framed pieces, a last piece with the end, an answer that is only that; one connection for all."""
+
+    async def answer(scope, receive, send):
+        async with make(send, HEADERS, no_one, BIG) as stream:
+            if scope["method"] == "GET":
+                stream.write(b"first")
+                framed = stream.framed(b"<", b">")
+                for piece in (b"a", b"", b"b"):
+                    framed(piece)
+                stream.write(b"then")
+            await stream.end(b"last")
+            await stream.end(b"not once more")
+            stream.write(b"nor this")
+
+    async with serving(answer) as connect:
+        reader, writer = await connect()
+        for method, body in (
+            (b"GET", b"first<a><><b>thenlast"),
+            (b"DELETE", b"last"),
+            (b"GET", b"first<a><><b>thenlast"),
+        ):
+            writer.write(get(method=method))
+            _, chunks = await response(reader)
+            assert b"".join(chunks) == body
+
+
+@pytest.mark.parametrize("make", [direct, plain])
+async def test_what_never_started_leaves_the_answer_open(make):
+    async def answer(scope, receive, send):
+        async with make(send, HEADERS, no_one, BIG) as stream:
+            await stream.end()
+            assert not stream.started
+        await send({"type": "http.response.start", "status": 503, "headers": [(b"content-length", b"2")]})
+        await send({"type": "http.response.body", "body": b"no"})
+
+    async with serving(answer) as connect:
+        reader, writer = await connect()
+        for _ in range(2):
+            writer.write(get())
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 503") and await reader.readexactly(2) == b"no"
+
+
+async def test_the_client_side_of_h11_agrees():
+    """A strict parser reads what was written past ASGI, twice on one connection."""
+
+    async def answer(scope, receive, send):
+        async with direct(send, HEADERS, no_one, BIG) as stream:
+            for number in range(50):
+                stream.write(b"%d" % number * (number * 40 + 1))
+            await stream.end(b"end")
+
+    async with serving(answer) as connect:
+        reader, writer = await connect()
+        client = h11.Connection(h11.CLIENT)
+        for _ in range(2):
+            writer.write(client.send(h11.Request(method="GET", target="/", headers=[("host", "x")])))
+            writer.write(client.send(h11.EndOfMessage()))
+            body = b""
+            while type(event := client.next_event()) is not h11.EndOfMessage:
+                if event is h11.NEED_DATA:
+                    client.receive_data(await reader.read(65536))
+                elif isinstance(event, h11.Data):
+                    body += event.data
+            assert body == b"".join(b"%d" % number * (number * 40 + 1) for number in range(50)) + b"end"
+            client.start_next_cycle()
+
+
+@pytest.mark.parametrize(("version", "method"), [(b"1.0", b"GET"), (b"1.1", b"HEAD")])
+async def test_where_chunks_do_not_go_asgi_does(version, method):
+    kinds = []
+
+    async def answer(scope, receive, send):
+        async with open_stream(send, HEADERS, no_one, BIG) as stream:
+            kinds.append(type(stream))
+            stream.write(b"hello")
+            await stream.end()
+
+    async with serving(answer) as connect:
+        reader, writer = await connect()
+        writer.write(get(version, method))
+        head = await reader.readuntil(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 200")
+        if method == b"GET":
+            assert await reader.read() == b"hello"
+    assert kinds == [AsgiStream]
+
+
+async def test_a_client_that_does_not_read_is_given_up_once():
+    gave_up, calls = asyncio.Event(), []
+
+    def too_slow():
+        calls.append(True)
+        gave_up.set()
+
+    async def answer(scope, receive, send):
+        async with direct(send, HEADERS, too_slow, 100_000) as stream:
+            framed = stream.framed(b"", b"")
+            for _ in range(200):
+                stream.write(b"x" * 50_000)
+                framed(b"y" * 50_000)
+                await asyncio.sleep(0)
+            await gave_up.wait()
+            await stream.end(b"nothing more")
+
+    async with serving(answer) as connect:
+        reader, writer = await connect()
+        writer.write(get())
+        async with asyncio.timeout(10):
+            await gave_up.wait()
+        # The client must not take what it has for the whole answer.
+        with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+            await response(reader)
+    assert calls == [True]

@@ -1,0 +1,37 @@
+"""A router over workers that are only capacity."""
+
+import asyncio
+from array import array
+
+from trtserve.plugins.api import (
+    EngineInfo,
+    PolicyConfig,
+    Request,
+    RequestId,
+    Role,
+    SamplingParams,
+    WorkerId,
+    WorkerLoad,
+)
+from trtserve.plugins.manager import PluginManager
+from trtserve.server.metrics import Metrics
+from trtserve.server.router.router import QueueLimits, Router
+
+
+def make_router(policy="least_loaded", requests=100, tokens=10_000):
+    plugin = PluginManager().make_policy(policy, PolicyConfig())
+    return Router(plugin, QueueLimits(requests, tokens), Metrics())
+
+
+def add(router, name, slots=1, role=Role.AGG):
+    router.add_worker(WorkerId(name), role, EngineInfo(16, 100, slots, 512, 4096, 1000), WorkerLoad)
+
+
+def a_request(number, num_tokens=10, max_tokens=5):
+    return Request(RequestId(number), array("i", [1] * num_tokens), SamplingParams(max_tokens))
+
+
+async def turn():
+    """Let every task that can go on do so."""
+    for _ in range(5):
+        await asyncio.sleep(0)

@@ -1,0 +1,115 @@
+"""Settings become a plan, and the plan the commands of worker processes."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from trtserve.plugins.api import Role
+from trtserve.plugins.manager import PluginError, PluginManager
+from trtserve.server.deployment import WORKER_TOKEN_VARIABLE, WorkerCommands, describe_plan, make_plan
+from trtserve.settings.load import SettingsError, load_settings
+from trtserve.settings.schema import Settings, WorkerSettings
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    for name in os.environ:
+        if name.upper().startswith("TRTSERVE_"):
+            monkeypatch.delenv(name)
+
+
+def load(*flags):
+    return load_settings(Settings, ["--engine=sim", *flags])
+
+
+def test_workers_are_named_by_role_and_number():
+    plan = make_plan(load("--workers=3"), PluginManager())
+    assert [(worker.worker_id, worker.role) for worker in plan.workers] == [
+        ("agg-0", Role.AGG), ("agg-1", Role.AGG), ("agg-2", Role.AGG),
+    ]  # fmt: skip
+
+
+def test_a_server_without_workers_of_its_own_needs_a_token_for_others(tmp_path):
+    with pytest.raises(SettingsError, match=r"--workers 0: .* give --worker-token-file"):
+        make_plan(load("--workers=0"), PluginManager())
+    (tmp_path / "token").write_text("secret")
+    assert make_plan(load("--workers=0", f"--worker-token-file={tmp_path}/token"), PluginManager()).workers == ()
+
+
+def test_everything_that_is_missing_is_named_at_once():
+    with pytest.raises(PluginError) as caught:
+        make_plan(load("--mode=magic", "--router=nearest", "--launcher=cloud", "--transfer=pigeon"), PluginManager())
+    lines = str(caught.value).splitlines()
+    assert [line.split(";")[0] for line in lines] == [
+        "there is no mode 'magic'",
+        "there is no policy 'nearest'",
+        "there is no launcher 'cloud'",
+        "there is no transfer 'pigeon'",
+    ]
+
+
+def test_options_are_checked_before_anything_starts():
+    with pytest.raises(PluginError, match="speedup"):
+        make_plan(load("--engine-options", "speedup=-1"), PluginManager())
+    plan = make_plan(load("--engine-options", "speedup=5"), PluginManager())
+    assert plan.engine_options["speedup"] == 5.0
+
+
+def test_a_described_plan_is_a_config_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRTSERVE_API_KEY", "s3cret")
+    monkeypatch.setenv("TRTSERVE_WORKER_TOKEN", "t0ken")
+    settings = load("some/model", "--port=81", "--workers=2", "--engine-options", "speedup=5", "--dry-run")
+    text = describe_plan(settings, make_plan(settings, PluginManager()))
+    assert "s3cret" not in text and "t0ken" not in text
+    assert "#   agg-1   role agg, engine sim" in text
+    path = tmp_path / "plan.yaml"
+    path.write_text(text)
+    again = load_settings(Settings, ["--config", str(path)])
+    assert (again.model, again.port, again.workers, again.dry_run) == ("some/model", 81, 2, False)
+    assert again.engine_options["speedup"] == 5.0
+    ignored = {"dry_run", "engine_options"}
+    assert again.model_dump(exclude=ignored) == settings.model_dump(exclude=ignored)
+
+
+@pytest.fixture
+def spec(tmp_path, monkeypatch):
+    """What starts agg-1 of a server with secrets in its environment."""
+    monkeypatch.setenv("TRTSERVE_API_KEY", "s3cret")
+    monkeypatch.setenv("TRTSERVE_PORT", "1234")
+    monkeypatch.setenv("UNRELATED", "kept")
+    settings = load("a/model", "--max-num-seqs=7", "--engine-options", "speedup=5")
+    commands = WorkerCommands(settings, Path("/models/a"), tmp_path, "ipc:///x", "t0ken")
+    return commands.spec("agg-1", Role.AGG)
+
+
+def test_a_worker_reads_the_servers_settings(spec, monkeypatch):
+    for name in list(os.environ):
+        monkeypatch.delenv(name)
+    for name, value in spec.environment.items():
+        monkeypatch.setenv(name, value)
+    _, module, program, command, *arguments = spec.argv
+    assert (module, program, command) == ("-m", "trtserve.server.cli", "worker")
+    worker = load_settings(WorkerSettings, arguments)
+    assert (worker.worker_id, worker.role, worker.connect) == ("agg-1", "agg", "ipc:///x")
+    assert (worker.model, worker.max_num_seqs, worker.parent_pid) == ("/models/a", 7, os.getpid())
+    assert worker.engine_options == {"speedup": "5"}
+    assert worker.worker_token.get_secret_value() == "t0ken"
+
+
+def test_a_worker_gets_its_token_and_no_other_secret(spec, tmp_path):
+    assert spec.environment[WORKER_TOKEN_VARIABLE] == "t0ken"
+    assert spec.environment["UNRELATED"] == "kept"
+    assert [name for name in spec.environment if name.startswith("TRTSERVE_")] == [WORKER_TOKEN_VARIABLE]
+    everything = " ".join([*spec.argv, *spec.environment.values(), (tmp_path / "settings.json").read_text()])
+    assert "s3cret" not in everything
+    assert "t0ken" not in " ".join(spec.argv) + (tmp_path / "settings.json").read_text()
+
+
+def test_logs_go_where_the_settings_say(tmp_path):
+    settings = load(f"--log-dir={tmp_path}/deep/logs")
+    commands = WorkerCommands(settings, Path("/m"), tmp_path, "ipc:///x", "t")
+    assert commands.spec("agg-0", Role.AGG).log_path == f"{tmp_path}/deep/logs/agg-0.log"
+    assert (tmp_path / "deep/logs").is_dir()
+    assert "log_dir" not in json.loads((tmp_path / "settings.json").read_text())

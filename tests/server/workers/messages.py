@@ -1,0 +1,118 @@
+"""Hypothesis strategies for everything that crosses the wire."""
+
+from array import array
+
+from hypothesis import strategies as st
+
+from trtserve.plugins.api import (
+    BlockHash,
+    EngineInfo,
+    FinishReason,
+    KVCleared,
+    KVHandle,
+    KVRemoved,
+    KVStored,
+    Output,
+    PassStats,
+    Request,
+    RequestId,
+    Role,
+    SamplingParams,
+    StepOutputs,
+    StoredBlock,
+    TokenLogprob,
+    WorkerId,
+    WorkerLoad,
+)
+from trtserve.server.workers import wire
+
+INT32 = st.integers(-(2**31), 2**31 - 1)
+INT64 = st.integers(-(2**63), 2**63 - 1)
+UINT64 = st.integers(0, 2**64 - 1)
+COUNT = st.integers(0, 2**40)
+FLOAT = st.floats(allow_nan=False)
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
+NAME = TEXT.map(WorkerId)
+REQUEST_ID = st.integers(0, 2**63 - 1).map(RequestId)
+HASH = UINT64.map(BlockHash)
+TOKENS = st.lists(INT32, min_size=1, max_size=6)
+
+
+LOAD = st.builds(WorkerLoad, **{name: COUNT for name in WorkerLoad.__dataclass_fields__})
+INFO = st.builds(
+    EngineInfo, COUNT, COUNT, COUNT, COUNT, COUNT, COUNT, publishes_kv_events=st.booleans(), max_logprobs=COUNT
+)
+STATS = st.builds(PassStats, FLOAT, COUNT, COUNT, COUNT)
+LOGPROB = st.builds(TokenLogprob, INT32, FLOAT, st.lists(st.tuples(INT32, FLOAT), max_size=3).map(tuple))
+HANDLE = st.builds(
+    KVHandle,
+    INT64,
+    NAME,
+    INT64,
+    COUNT,
+    st.lists(COUNT, max_size=3).map(tuple),
+    st.lists(HASH, max_size=3).map(tuple),
+    TEXT,
+    TEXT,
+    st.binary(max_size=9),
+)
+SAMPLING = st.builds(
+    SamplingParams,
+    max_tokens=st.integers(1, 10**6),
+    temperature=FLOAT,
+    seed=st.none() | INT64,
+    logit_bias=st.lists(st.tuples(INT32, FLOAT), max_size=3).map(tuple),
+    stop_token_ids=st.lists(INT32, max_size=3).map(tuple),
+    ignore_eos=st.booleans(),
+    logprobs=st.none() | st.integers(0, 20),
+)
+REQUEST = st.builds(
+    Request,
+    REQUEST_ID,
+    TOKENS.map(lambda ids: array("i", ids)),
+    SAMPLING,
+    st.lists(INT32, max_size=3).map(tuple),
+    cache_salt=TEXT,
+)
+BLOCK = st.builds(StoredBlock, HASH, TOKENS.map(lambda ids: array("i", ids)))
+EVENT = st.one_of(
+    st.builds(KVStored, st.none() | HASH, st.lists(BLOCK, max_size=3).map(tuple)),
+    st.builds(KVRemoved, st.lists(HASH, max_size=3).map(tuple)),
+    st.just(KVCleared()),
+)
+OUTPUT = st.builds(
+    Output,
+    REQUEST_ID,
+    st.lists(INT32, max_size=4),
+    st.none() | st.sampled_from(FinishReason),
+    st.none() | INT32,
+    st.none() | COUNT,
+    st.none() | st.lists(LOGPROB, max_size=2).map(tuple),
+    st.none() | TEXT,
+    st.none() | HANDLE,
+)
+STEP = st.builds(
+    StepOutputs,
+    st.lists(OUTPUT, max_size=5, unique_by=lambda output: output.request_id),
+    LOAD,
+    st.lists(EVENT, max_size=3),
+    st.none() | STATS,
+)
+HELLO = st.builds(
+    wire.Hello, COUNT, NAME, st.integers(0, 2**63 - 1), TEXT, COUNT, st.sampled_from(Role), TEXT, TEXT, TEXT, TEXT
+)
+FROM_WORKER = st.one_of(
+    HELLO,
+    st.builds(wire.Progress, TEXT),
+    st.builds(wire.Ready, INFO),
+    st.builds(wire.Heartbeat, COUNT, LOAD),
+    st.builds(wire.step_of, COUNT, COUNT, STEP),
+    st.builds(wire.Failed, TEXT),
+)
+TO_WORKER = st.one_of(
+    st.just(wire.Welcome()),
+    st.builds(wire.Refused, TEXT),
+    REQUEST.map(wire.submit_of),
+    st.builds(wire.Cancel, REQUEST_ID),
+    st.just(wire.Shutdown()),
+)

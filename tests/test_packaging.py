@@ -1,0 +1,87 @@
+"""What is packaged is what is there, and the server process stays light."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FOLDERS = ("server", "plugins", "settings")
+
+
+def test_the_list_of_packages_is_the_tree():
+    there = {
+        "trtserve." + str(init.parent.relative_to(ROOT)).replace(os.sep, ".")
+        for folder in FOLDERS
+        for init in (ROOT / folder).rglob("__init__.py")
+    }
+    assert set(PROJECT["tool"]["setuptools"]["packages"]) == there
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_every_module_is_in_a_package(folder):
+    for module in (ROOT / folder).rglob("*.py"):
+        assert (module.parent / "__init__.py").exists(), module
+
+
+def test_import_names_lead_to_the_folders():
+    directories = PROJECT["tool"]["setuptools"]["package-dir"]
+    assert directories == {f"trtserve.{folder}": folder for folder in FOLDERS}
+    for folder in FOLDERS:
+        assert Path(import_module(f"trtserve.{folder}").__file__).parent == ROOT / folder
+
+
+def test_type_checkers_see_the_same_tree():
+    links = {path.name: path for path in (ROOT / "typings" / "trtserve").iterdir()}
+    assert set(links) == set(FOLDERS)
+    for folder, link in links.items():
+        assert link.is_symlink() and not Path(os.readlink(link)).is_absolute()
+        assert link.resolve() == ROOT / folder
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_types_are_shipped(folder):
+    assert (ROOT / folder / "py.typed").exists()
+    assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"][f"trtserve.{folder}"]
+
+
+def test_the_installed_version_is_the_projects():
+    assert version("trtserve") == PROJECT["project"]["version"]
+
+
+def test_the_command_is_there():
+    (command,) = entry_points(group="console_scripts", name="trtserve")
+    assert callable(command.load())
+
+
+def test_every_plugin_that_is_promised_loads():
+    promised = PROJECT["project"]["entry-points"]["trtserve"]
+    for name, module in promised.items():
+        plugin = import_module(module)
+        kind = name.partition(".")[0]
+        assert hasattr(plugin, f"make_{kind}"), name
+    installed = {point.name for point in entry_points(group="trtserve") if point.dist and point.dist.name == "trtserve"}
+    assert installed == set(promised), "install the project again: its entry points have changed"
+
+
+HEAVY = ("torch", "transformers", "numpy", "tensorrt_llm", "cupy", "nixl", "gguf")
+
+
+@pytest.mark.parametrize("module", ["trtserve.server.app", "trtserve.server.workers.main", "trtserve.plugins.api"])
+def test_nothing_heavy_is_imported(module):
+    """At run time, beside the import contracts: other libraries might bring one of these along."""
+    program = f"import sys, {module}\nprint(*sorted(set(sys.modules) & set({HEAVY})))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, "", "")
+
+
+def test_no_folder_is_called_what_tells_nothing():
+    for folder in FOLDERS:
+        names = {path.stem for path in (ROOT / folder).rglob("*.py")}
+        assert not names & {"utils", "util", "helpers", "helper", "common", "misc"}

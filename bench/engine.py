@@ -1,0 +1,183 @@
+"""The embedded engine against transformers' `generate`, as ratios measured in one process, interleaved, best of n.
+
+    python bench/engine.py [--quick] [--model FOLDER] [--threads 1]
+
+Prints one line a ratio and exits 1 when one misses its gate. Ratios carry over between machines far better than
+speeds do; still, run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from engine_runs import (
+    PASS_TOKENS,
+    Subject,
+    generate,
+    interleaved,
+    make_prompts,
+    read_seconds,
+    run_engine,
+    run_generate,
+)
+
+from trtserve.plugins.api import Request, RequestId, SamplingParams
+from trtserve.plugins.engines.torch.model import Model, load_model
+from trtserve.plugins.engines.torch.options import TorchOptions
+from trtserve.server.model.resolve import DEFAULT_MODEL, resolve_model
+
+CPU = torch.device("cpu")
+RAGGED = [32, 60, 100, 140, 190, 250, 320, 400]
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """How much to measure. `context`: prompt tokens where decoding is measured."""
+
+    context: int
+    new_tokens: int  # in each sequence while all of a batch decode
+    repeats: int  # rounds in which the two sides take turns
+    equal_prompts: int
+
+    def engine_tokens(self, batch: int) -> int:
+        """Tokens to ask of the engine, whose first sequences decode while the last ones are still in prefill."""
+        return self.new_tokens + 1 + -(-batch * self.context // PASS_TOKENS)
+
+
+FULL, QUICK = Effort(256, 16, 2, 12), Effort(96, 10, 1, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    name: str
+    value: float
+    gate: float
+
+    @property
+    def is_met(self) -> bool:
+        return self.value >= self.gate
+
+
+def equal_tokens(folder: str, effort: Effort) -> Iterator[Ratio]:
+    module = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    prompts = make_prompts([5 + 11 * number for number in range(effort.equal_prompts)], seed=1)
+    wanted = [generate(module, [prompt], 8)[0][len(prompt) :] for prompt in prompts]
+    subject = Subject(load_model(folder, torch.float32, CPU, TorchOptions()), max_num_tokens=37, max_num_seqs=32)
+    for name in ("chunked", "from the prefix cache"):
+        subject.run(prompts, 8)
+        equal = sum(subject.tokens[number] == tokens for number, tokens in enumerate(wanted))
+        yield Ratio(f"float32 tokens equal to generate, ragged, {name}", equal / len(prompts), 1.0)
+
+
+def packed_over_plain(folder: str, effort: Effort) -> Iterator[Ratio]:
+    packed, plain = (
+        Subject(load_model(folder, torch.bfloat16, CPU, TorchOptions(layer_swap=False, packed_linears=packed)))
+        for packed in (True, False)
+    )
+    for batch in (1, 8):
+        lengths, tokens = [effort.context] * batch, effort.engine_tokens(batch)
+        fast, slow = interleaved(
+            effort.repeats + 1,
+            partial(run_engine, packed, lengths, tokens),
+            partial(run_engine, plain, lengths, tokens),
+        )
+        yield Ratio(f"packed over plain linears, decode, batch {batch}", slow.step / fast.step, 1.3)
+
+
+def against_generate(module: Any, subject: Subject, weight_bytes: int, effort: Effort) -> Iterator[Ratio]:
+    steps: dict[int, float] = {}
+    for batch, decode_gate in ((1, 1.4), (8, 2.0), (32, 3.5)):
+        lengths = [effort.context] * batch
+        theirs, ours = interleaved(
+            effort.repeats + 1 if batch == 1 else effort.repeats,
+            partial(run_generate, module, lengths, effort.new_tokens),
+            partial(run_engine, subject, lengths, effort.engine_tokens(batch)),
+        )
+        steps[batch] = ours.step
+        yield Ratio(f"engine over generate, decode, batch {batch}", theirs.step / ours.step, decode_gate)
+    yield Ratio("tokens a second, batch 8 over batch 1", 8 * steps[1] / steps[8], 5.0)
+    yield Ratio("tokens a second, batch 32 over batch 1", 32 * steps[1] / steps[32], 8.0)
+    yield Ratio("decode batch 1 over reading the weights once", read_seconds(weight_bytes) / steps[1], 0.2)
+    for batch in (1, 8):
+        lengths = [512 if batch == 1 else 2 * effort.context] * batch
+        theirs, ours = interleaved(
+            effort.repeats, partial(run_generate, module, lengths, 1), partial(run_engine, subject, lengths, 2)
+        )
+        yield Ratio(f"engine over generate, prefill in steps of 512, batch {batch}", theirs.first / ours.first, 0.85)
+
+
+def on_ragged_prompts(module: Any, subject: Subject, effort: Effort) -> Iterator[Ratio]:
+    theirs = ours = cold = warm = float("inf")
+    for number in range(effort.repeats):
+        prompts, fresh = make_prompts(RAGGED, seed=50 + number), make_prompts(RAGGED, seed=80 + number)
+        begin = time.perf_counter()
+        generate(module, prompts, 32)
+        theirs = min(theirs, time.perf_counter() - begin)
+        ours = min(ours, subject.total(prompts, 32))
+        cold = min(cold, subject.total(fresh, 1))
+        warm = min(warm, subject.total(fresh, 1))
+    yield Ratio("ragged batch of 8, engine over padded generate", theirs / ours, 1.5)
+    yield Ratio("first token, nothing cached over all cached", cold / warm, 5.0)
+
+
+def step_over_forward(model: Model, subject: Subject, effort: Effort) -> Iterator[Ratio]:
+    """The share of a decode step that is the model; a gate of 1 / 1.10."""
+    inside: list[float] = []
+    begun: list[float] = []
+    hooks = [
+        model.module.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter())),
+        model.module.register_forward_hook(lambda *_: inside.append(time.perf_counter() - begun[-1])),
+    ]
+    for number, prompt in enumerate(make_prompts([effort.context] * 8, seed=9)):
+        subject.engine.add(Request(RequestId(number), array("i", prompt), SamplingParams(40, temperature=0.0)))
+    shares = []
+    while subject.engine.has_work():
+        stats = subject.engine.step().stats
+        if stats is not None and not stats.prefill_tokens:
+            shares.append(inside[-1] / stats.duration_s)
+    for hook in hooks:
+        hook.remove()
+    yield Ratio("bare forward over engine step, decode, batch 8", median(shares), 1 / 1.10)
+
+
+def ratios(folder: str, effort: Effort) -> Iterator[Ratio]:
+    yield from equal_tokens(folder, effort)
+    yield from packed_over_plain(folder, effort)
+    module: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    weight_bytes = sum(weight.nbytes for weight in module.parameters())
+    model = load_model(folder, torch.bfloat16, CPU, TorchOptions())
+    subject = Subject(model)
+    yield from against_generate(module, subject, weight_bytes, effort)
+    yield from on_ragged_prompts(module, subject, effort)
+    yield from step_over_forward(model, subject, effort)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help=f"a Hugging Face folder (default: {DEFAULT_MODEL})")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads")
+    parser.add_argument("--quick", action="store_true", help="less context and one round: a trend, not a measurement")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    folder = arguments.model or str(resolve_model(DEFAULT_MODEL).path)
+    missed = 0
+    for ratio in ratios(folder, QUICK if arguments.quick else FULL):
+        missed += not ratio.is_met
+        print(
+            f"{'ok  ' if ratio.is_met else 'MISS'} {ratio.value:6.2f}  gate {ratio.gate:5.2f}  {ratio.name}", flush=True
+        )
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

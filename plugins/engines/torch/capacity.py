@@ -1,0 +1,57 @@
+"""How much the engine can hold: KV blocks, the longest sequence, sequences at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trtserve.plugins.api import EngineConfig
+from trtserve.plugins.engines.torch.kv_store import KVStore
+from trtserve.plugins.engines.torch.model import Model
+
+_GIB = 2**30
+_CPU_KV_CACHE_GIB = 1.0
+_CUDA_FREE_SHARE = 0.85  # of the memory left beside the weights; the rest is for activations
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """The limits that a configuration comes to with one model on one device."""
+
+    num_blocks: int
+    max_seq_len: int  # tokens, prompt and output
+    max_num_seqs: int
+
+
+def plan_capacity(config: EngineConfig, model: Model) -> Capacity:
+    """Limits from the configuration, the model and free memory; raises ValueError where they contradict."""
+    for name in ("block_size", "max_num_seqs", "max_num_tokens"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}: it must be at least 1")
+    num_blocks = config.num_blocks or _blocks_for_memory(config, model)
+    room = num_blocks * config.block_size
+    longest = min(model.max_position_embeddings, room)
+    if config.max_seq_len is not None and not 2 <= config.max_seq_len <= longest:
+        raise ValueError(
+            f"max_seq_len {config.max_seq_len} is not between 2 and {longest}: the model takes "
+            f"{model.max_position_embeddings} tokens and the KV cache {room}. Lower it, or give more KV blocks."
+        )
+    # every running sequence must get a token into each pass
+    return Capacity(num_blocks, config.max_seq_len or longest, min(config.max_num_seqs, config.max_num_tokens))
+
+
+def _blocks_for_memory(config: EngineConfig, model: Model) -> int:
+    block_bytes = KVStore.block_bytes(model.layers, config.block_size, model.dtype)
+    if config.kv_cache_gib is not None:
+        memory = int(config.kv_cache_gib * _GIB)
+    elif model.device.type == "cuda":
+        memory = int(torch.cuda.mem_get_info(model.device)[0] * _CUDA_FREE_SHARE)
+    else:
+        memory = int(_CPU_KV_CACHE_GIB * _GIB)
+    if memory < block_bytes:
+        raise ValueError(
+            f"a KV cache of {memory} bytes has no room for one block of {block_bytes}: raise kv_cache_gib, "
+            "or lower block_size"
+        )
+    return memory // block_bytes

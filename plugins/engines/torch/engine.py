@@ -1,0 +1,99 @@
+"""The embedded engine as a `StepEngine`: from a configuration to a running `Generation`, and back to nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from trtserve.plugins.api import EngineConfig, EngineInfo, Request, RequestId, StepOutputs, TokenIds, WorkerLoad
+from trtserve.plugins.engines.torch.capacity import Capacity, plan_capacity
+from trtserve.plugins.engines.torch.generation import Generation
+from trtserve.plugins.engines.torch.kv_store import KVStore
+from trtserve.plugins.engines.torch.model import Model, choose_device, choose_dtype, load_model
+from trtserve.plugins.engines.torch.options import TorchOptions
+from trtserve.plugins.engines.torch.prefix_cache import PrefixCache
+from trtserve.plugins.engines.torch.prefix_transfer import PrefixBlocks, export_prefix, import_prefix
+from trtserve.plugins.engines.torch.request_checks import MAX_LOGPROBS
+from trtserve.plugins.engines.torch.sampler import Sampler
+from trtserve.plugins.engines.torch.scheduler import Scheduler
+
+LoadModel = Callable[[str, torch.dtype, torch.device, TorchOptions], Model]
+
+
+class TorchEngine:
+    """One model on one device. Every call comes from the thread that called `start`."""
+
+    def __init__(self, config: EngineConfig, load: LoadModel = load_model) -> None:
+        """`load` reads the model; one that is in memory already can be given instead of a folder."""
+        self._config = config
+        self._options = TorchOptions.model_validate(dict(config.options))
+        self._load = load
+        self._generation: Generation | None = None
+
+    def start(self, progress: Callable[[str], None]) -> EngineInfo:
+        """Load the model; raises ModelRefused or ValueError with a sentence where that cannot be."""
+        if self._options.num_threads is not None:
+            torch.set_num_threads(self._options.num_threads)
+        device, dtype = choose_device(self._config.device), choose_dtype(self._config.dtype)
+        progress("loading weights")
+        model = self._load(self._config.model_path, dtype, device, self._options)
+        progress("allocating KV cache")
+        capacity = plan_capacity(self._config, model)
+        self._generation = self._assemble(model, capacity)
+        return EngineInfo(
+            block_size=self._config.block_size,
+            num_blocks=capacity.num_blocks,
+            max_num_seqs=capacity.max_num_seqs,
+            max_num_tokens=self._config.max_num_tokens,
+            max_seq_len=capacity.max_seq_len,
+            vocab_size=model.vocab_size,
+            publishes_kv_events=self._config.enable_prefix_caching,
+            max_logprobs=MAX_LOGPROBS,
+        )
+
+    def add(self, request: Request) -> None:
+        """Queue a request; raises RequestRefused if it can never be served."""
+        self._running.add(request)
+
+    def abort(self, request_id: RequestId) -> None:
+        """End a request and give back its blocks; the next `step` reports it. Unknown ids are ignored."""
+        self._running.abort(request_id)
+
+    def has_work(self) -> bool:
+        """Whether `step` has anything to do or to report."""
+        return self._generation is not None and self._generation.has_work()
+
+    def step(self) -> StepOutputs:
+        """Run one pass."""
+        return self._running.step()
+
+    def stats(self) -> WorkerLoad:
+        """The load right now; zeros when not started or closed."""
+        return WorkerLoad() if self._generation is None else self._generation.stats()
+
+    def export_prefix(self, tokens: TokenIds, cache_salt: str = "") -> PrefixBlocks:
+        """A copy of the KV stored for the longest prefix of these tokens (`prefix_transfer`)."""
+        return export_prefix(self._running.cache, self._running.store, tokens, cache_salt)
+
+    def import_prefix(self, tokens: TokenIds, prefix: PrefixBlocks, cache_salt: str = "") -> int:
+        """Store another engine's KV for reuse; returns how many blocks were new (`prefix_transfer`)."""
+        return import_prefix(self._running.cache, self._running.store, tokens, prefix, cache_salt)
+
+    def close(self) -> None:
+        """Drop the model and the KV cache; idempotent."""
+        self._generation = None
+
+    @property
+    def _running(self) -> Generation:
+        if self._generation is None:
+            raise RuntimeError("the torch engine is not running: call start first, and nothing after close")
+        return self._generation
+
+    def _assemble(self, model: Model, capacity: Capacity) -> Generation:
+        config = self._config
+        store = KVStore(model.layers, capacity.num_blocks, config.block_size, model.dtype, model.device)
+        cache = PrefixCache(capacity.num_blocks, config.block_size, config.enable_prefix_caching)
+        scheduler = Scheduler(cache, capacity.max_num_seqs, config.max_num_tokens)
+        sampler = Sampler(model.vocab_size, config.seed, model.device)
+        return Generation(model, store, cache, scheduler, sampler, capacity.max_seq_len)

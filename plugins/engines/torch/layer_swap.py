@@ -1,0 +1,184 @@
+"""A leaner decoder layer for Llama-shaped models: one module, fused projections, few small operations.
+
+Each layer is compared with the original on random input before it takes its place; one that differs stays out.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trtserve.plugins.engines.torch.attention import AttentionTerms, PagedStep
+from trtserve.plugins.engines.torch.load_checks import AttentionProbe
+from trtserve.plugins.engines.torch.packed_linear import Linear
+
+_LOG = logging.getLogger(__name__)
+_SWAPPABLE = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer"})
+_TRIAL_TOKENS = 6
+_TRIAL_STRIDE = 17  # between the trial's positions, so that rotary embeddings matter
+_TRIAL_SCALE = 0.02  # small beside what a layer adds, so that the residual does not hide a difference
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.01}  # relative error of a layer's output
+
+
+def swap_layers(module: nn.Module, packed: bool) -> int:
+    """Replace what can be replaced in a causal-LM module of transformers, in place; returns how many layers."""
+    base: Any = module.base_model
+    layers = getattr(base, "layers", None)
+    rotary_embedding = getattr(base, "rotary_emb", None)
+    if not isinstance(layers, nn.ModuleList) or rotary_embedding is None:
+        return 0
+    rotary: list[RotaryTables] = []
+    swapped = 0
+    for index, layer in enumerate(layers):
+        if type(layer).__name__ not in _SWAPPABLE or not _is_silu_gated(layer):
+            continue
+        candidate = SwappedLayer(layer, rotary, packed)
+        error = _trial_error(layer, candidate, rotary_embedding)
+        if error > _TOLERANCE[_dtype(layer)]:
+            _LOG.warning(
+                "layer %d keeps the original %s: its stand-in differs by %.2g", index, type(layer).__name__, error
+            )
+            continue
+        layers[index] = candidate
+        swapped += 1
+    return swapped
+
+
+class RotaryTables:
+    """cos and sin in the form that `SwappedLayer` wants, made once a step and shared by its layers."""
+
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        self._source = cos
+        half = cos.shape[-1] // 2
+        self.cos = cos[0][:, None]
+        self.signed_sin = torch.cat([-sin[0][:, :half], sin[0][:, half:]], -1)[:, None]
+
+    def is_of(self, cos: Tensor) -> bool:
+        return self._source is cos
+
+
+class SwappedLayer(nn.Module):
+    """A decoder layer: RMSNorm, fused q/k/v, optional q/k norms, rotation, attention, gated MLP, two residuals."""
+
+    def __init__(self, layer: Any, rotary: list[RotaryTables], packed: bool) -> None:
+        """`rotary` holds at most one entry and is shared by all layers of a model."""
+        super().__init__()
+        attention, mlp = layer.self_attn, layer.mlp
+        self.layer_idx: int = attention.layer_idx
+        self._head_dim: int = attention.head_dim
+        self._heads = attention.q_proj.out_features // self._head_dim
+        self._kv_heads = attention.k_proj.out_features // self._head_dim
+        self._terms = AttentionTerms(attention.scaling, _window(attention), None, None)
+        self._rotary = rotary
+        self._input_norm, self._mlp_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        has_head_norms = hasattr(attention, "q_norm")
+        self._query_norm = _Norm(attention.q_norm) if has_head_norms else None
+        self._key_norm = _Norm(attention.k_norm) if has_head_norms else None
+        self._qkv = _fused([attention.q_proj, attention.k_proj, attention.v_proj], packed)
+        self._output = _fused([attention.o_proj], packed)
+        self._gate_up = _fused([mlp.gate_proj, mlp.up_proj], packed)
+        self._down = _fused([mlp.down_proj], packed)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *_positional: Any,
+        position_embeddings: tuple[Tensor, Tensor],
+        paged: PagedStep,
+        **_ignored: Any,
+    ) -> Tensor:
+        """hidden_states: [1, tokens, hidden] -> the same shape."""
+        x = hidden_states[0]
+        x = x + self._attend(self._input_norm(x), position_embeddings, paged)
+        gate, up = self._gate_up(self._mlp_norm(x)).chunk(2, dim=-1)
+        x += self._down(F.silu(gate) * up)
+        return x[None]
+
+    def _attend(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], paged: PagedStep) -> Tensor:
+        tokens, heads, both = x.shape[0], self._heads, self._heads + self._kv_heads
+        projected = self._qkv(x).view(tokens, both + self._kv_heads, self._head_dim)
+        turned = projected[:, :both]
+        if self._query_norm is not None and self._key_norm is not None:
+            turned = torch.cat([self._query_norm(turned[:, :heads]), self._key_norm(turned[:, heads:])], 1)
+        turned = self._rotate(turned, position_embeddings).transpose(0, 1)
+        value = projected[:, both:].transpose(0, 1)
+        mixed = paged.attend(self.layer_idx, turned[:heads], turned[heads:], value, self._terms)
+        result: Tensor = self._output(mixed.reshape(tokens, -1))
+        return result
+
+    def _rotate(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        cos, sin = position_embeddings
+        if not self._rotary or not self._rotary[0].is_of(cos):
+            self._rotary[:] = [RotaryTables(cos, sin)]
+        tables = self._rotary[0]
+        half = self._head_dim // 2
+        swapped = torch.cat([x[..., half:], x[..., :half]], -1)
+        return torch.addcmul(x * tables.cos, swapped, tables.signed_sin)
+
+
+class _Norm(nn.Module):
+    def __init__(self, norm: Any) -> None:
+        super().__init__()
+        self._weight: Tensor = norm.weight.detach()
+        self._epsilon: float = norm.variance_epsilon
+        self._shape = tuple(self._weight.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self._shape, self._weight, self._epsilon)
+
+
+def _fused(linears: list[Any], packed: bool) -> Linear:
+    """Linears with the same input as one; a member without a bias counts as a bias of zero."""
+    weight = torch.cat([linear.weight.detach() for linear in linears])
+    if all(linear.bias is None for linear in linears):
+        return Linear(weight, None, packed)
+    biases = [_bias_or_zero(linear) for linear in linears]
+    return Linear(weight, torch.cat(biases), packed)
+
+
+def _bias_or_zero(linear: Any) -> Tensor:
+    bias: Tensor = linear.weight.new_zeros(linear.weight.shape[0]) if linear.bias is None else linear.bias.detach()
+    return bias
+
+
+def _window(attention: Any) -> int | None:
+    """The window that this attention module hands over with each call; Mistral reads it from its configuration."""
+    if hasattr(attention, "sliding_window"):
+        window: int | None = attention.sliding_window
+        return window
+    if type(attention).__name__ == "MistralAttention":
+        return getattr(attention.config, "sliding_window", None)
+    return None
+
+
+def _is_silu_gated(layer: Any) -> bool:
+    return getattr(layer.mlp.config, "hidden_act", None) == "silu"
+
+
+def _dtype(layer: nn.Module) -> torch.dtype:
+    return next(layer.parameters()).dtype
+
+
+@torch.inference_mode()
+def _trial_error(layer: nn.Module, candidate: SwappedLayer, rotary_embedding: Any) -> float:
+    """How far the candidate is from the original, relative to the original's output; inf where they ask for different
+    attention."""
+    weight = next(layer.parameters())
+    hidden = int(weight.shape[-1])
+    generator = torch.Generator().manual_seed(hidden)
+    x = torch.randn(1, _TRIAL_TOKENS, hidden, generator=generator) * _TRIAL_SCALE
+    x = x.to(device=weight.device, dtype=weight.dtype)
+    positions = torch.arange(_TRIAL_TOKENS, device=weight.device)[None] * _TRIAL_STRIDE
+    embeddings = rotary_embedding(x, positions)
+    original_calls, own_calls = AttentionProbe(), AttentionProbe()
+    wanted = layer(x, position_embeddings=embeddings, position_ids=positions, use_cache=False, paged=original_calls)
+    got = candidate(x, position_embeddings=embeddings, paged=own_calls)
+    # the trial is shorter than any window, so a wrong one would not show in the numbers
+    if original_calls.terms != own_calls.terms or got.shape != wanted.shape:
+        return float("inf")
+    distance = torch.linalg.vector_norm((got - wanted).float()) / torch.linalg.vector_norm(wanted.float())
+    return float(distance)

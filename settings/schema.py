@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, StringConstraints, model_validator
-from pydantic_settings import BaseSettings, CliPositionalArg, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliPositionalArg, CliSuppress, SettingsConfigDict
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -70,7 +70,7 @@ class Settings(BaseSettings):
     # HTTP
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
     port: int = Field(8000, ge=0, le=65_535, description="0: any free port")
-    api_key: SecretStr | None = Field(None, description="from the environment only: TRTSERVE_API_KEY")
+    api_key: CliSuppress[SecretStr | None] = Field(None, description="from the environment only: TRTSERVE_API_KEY")
     api_key_file: Path | None = Field(None, description="file with one API key a line")
     max_body_mib: float = Field(32, gt=0, le=1024, description="largest request body, MiB")
     max_header_kib: float = Field(64, ge=1, le=1024, description="largest request head, KiB")
@@ -89,7 +89,9 @@ class Settings(BaseSettings):
     worker_endpoint: str | None = Field(
         None, pattern=r"^(ipc|tcp)://", description="ZeroMQ address for workers; default: ipc in a private folder"
     )
-    worker_token: SecretStr | None = Field(None, description="from the environment only: TRTSERVE_WORKER_TOKEN")
+    worker_token: CliSuppress[SecretStr | None] = Field(
+        None, description="from the environment only: TRTSERVE_WORKER_TOKEN"
+    )
     worker_token_file: Path | None = Field(
         None, description="file with the secret that workers started by hand show; default: a new one"
     )

@@ -127,7 +127,7 @@ class DirectStream:
         self._is_open = False
 
     def write(self, data: bytes) -> None:
-        if not self._is_open:
+        if not self._is_open or not data:  # a chunk of no bytes would end the body
             return
         chunk = b"%x\r\n%b\r\n" % (len(data), data)
         if not self.started:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -24,6 +25,8 @@ from trtserve.plugins.api import (
 )
 from trtserve.server.errors import Overloaded
 from trtserve.server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
 
 _WINDOW = 256
 """So many of the oldest held requests a policy looks at, which bounds the time of one decision."""
@@ -203,7 +206,13 @@ class Router:
         views = self._views(role)
         if not waiting or not views or not any(view.free_slots > 0 for view in views):
             return 0
-        assignments = self._policy.assign(waiting, views, time.monotonic())
+        try:
+            assignments = self._policy.assign(waiting, views, time.monotonic())
+        except Exception:
+            # A plugin's defect must not hit whoever caused this decision by ending. The held requests wait on, for the
+            # next decision or their own deadline.
+            logger.exception("the routing policy failed")
+            return 0
         for request_id, worker_id in assignments:
             held = self._held[request_id]
             self._let_go(request_id)

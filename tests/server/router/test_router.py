@@ -7,6 +7,8 @@ import pytest
 from tests.server.router.routers import a_request, add, make_router, turn
 from trtserve.plugins.api import Role, WorkerId
 from trtserve.server.errors import Overloaded
+from trtserve.server.metrics import Metrics
+from trtserve.server.router.router import QueueLimits, Router
 
 
 def rejections(router, reason):
@@ -178,3 +180,31 @@ async def test_held_requests_survive_a_restart_of_the_last_worker():
     assert not task.done() and router.booked(WorkerId("a")) == (0, 0)
     add(router, "a", slots=1)
     (await task).close()
+
+
+class _Moody:
+    """A policy of somebody else, which fails while it is told to."""
+
+    fails = False
+
+    def assign(self, held, workers, now_s):
+        if self.fails:
+            raise RuntimeError("not now")
+        return [(waiting.request.id, workers[0].worker_id) for waiting in held[: workers[0].free_slots]]
+
+
+async def test_a_policy_that_fails_hurts_neither_who_ends_nor_who_waits():
+    policy = _Moody()
+    router = Router(policy, QueueLimits(100, 10_000), Metrics())
+    add(router, "a", slots=1)
+    first = await router.place(a_request(1), Role.AGG)
+    second = asyncio.create_task(router.place(a_request(2), Role.AGG))
+    await turn()
+    policy.fails = True
+    first.close()
+    await turn()
+    assert not second.done() and router.num_held == 1
+    policy.fails = False
+    router.plan(Role.AGG)
+    (await second).close()
+    assert router.booked(WorkerId("a")) == (0, 0)

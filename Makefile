@@ -29,6 +29,7 @@ $(STAMP): pyproject.toml
 	@echo "installing trtserve with its embedded engine (a few minutes the first time) ..."
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[embedded,dev]'
+	$(BIN)/pip install --quiet --target $(VENV)/openai-2 'openai<3'  # for a test beside openai 3
 	@touch $(STAMP)
 
 clean:

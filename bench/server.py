@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import socket
 import statistics
 import subprocess
 import sys
@@ -183,7 +184,8 @@ def _floor() -> Iterator[tuple[int, int]]:
 
 
 def _listens(port: int) -> bool:
-    return f":{port:04X} " in Path("/proc/net/tcp").read_text()
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 class _FloorConnection(asyncio.Protocol):

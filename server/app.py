@@ -93,7 +93,9 @@ class Server:
         runtime_dir = Path(tempfile.mkdtemp(prefix="trtserve-"))  # 0700
         try:
             endpoint = self._settings.worker_endpoint or f"ipc://{runtime_dir}/workers.sock"
-            with Link(endpoint, self._pool.on_message, self._flusher.flush) as link:
+            with Link(
+                endpoint, self._pool.on_message, self._flusher.flush, before_last=self._flusher.expect_no_more
+            ) as link:
                 self._pool.attach(link.send)
                 return await self._serve(link.endpoint, runtime_dir)
         finally:

@@ -19,20 +19,20 @@ class Emit(Protocol):
 
     def __call__(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob]) -> None: ...
 
-    def plain(self, choice: Choice) -> Callable[[str], None] | None:
-        """The shortest way for pieces of text without log probabilities, once the choice has emitted something; None
-        where every piece needs the call above."""
+    def plain(self, choice: Choice, text: TextStream) -> Callable[[Sequence[int]], None] | None:
+        """The shortest way from token ids to the client, for a plain `text` without log probabilities, once the choice
+        has emitted something; None where every piece needs the call above."""
 
 
 class Choice:
     """The OutputSink of one sequence.
 
     Tokens are collected while the worker's socket is drained and turned into text once after it (`Flusher`), so that
-    tokens which are there at once become one event. Stop strings end the run through `stop`.
+    tokens which are there at once become one event; those of the last message go straight through. Stop strings end the
+    run through `stop`.
     """
 
     __slots__ = (
-        "_decode",
         "_emit",
         "_emit_plain",
         "_fail",
@@ -80,8 +80,7 @@ class Choice:
         self._logprobs: list[TokenLogprob] = []
         self._num_logprobs = 0  # given out
         # The hot path, taken from the second piece on where nothing but text is wanted.
-        self._decode = text.plain_decoder()
-        self._emit_plain: Callable[[str], None] | None = None
+        self._emit_plain: Callable[[Sequence[int]], None] | None = None
         self._num_plain_tokens = 0
 
     @property
@@ -92,6 +91,14 @@ class Choice:
     # -------------------------------------------------------------- OutputSink
 
     def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob] | None) -> None:
+        """Hot: the first branch is what most tokens take."""
+        if self._emit_plain is not None and self._flusher.expects_no_more and not self._pending:
+            self._num_plain_tokens += len(token_ids)
+            try:
+                self._emit_plain(token_ids)
+            except Exception as error:  # one request's defect stays its own
+                self.fail(error)
+            return
         if not self._pending:
             self._flusher.dirty.append(self)
         self._pending += token_ids
@@ -105,21 +112,13 @@ class Choice:
 
     def flush(self, now_s: float) -> None:
         """Turn the collected tokens into text; called by the flusher. now_s: time.monotonic()."""
-        self.last_token_s = now_s
-        pending = self._pending
-        if self._emit_plain is None:
-            self._flush_any(now_s)
-            return
-        self._num_plain_tokens += len(pending)
-        text = self._decode(pending)
-        pending.clear()
-        if text:
-            self._emit_plain(text)
-
-    def _flush_any(self, now_s: float) -> None:
         if not self.first_token_s:
             self.first_token_s = now_s
         pending, self._pending = self._pending, []
+        if self._emit_plain is not None:
+            self._num_plain_tokens += len(pending)
+            self._emit_plain(pending)
+            return
         if self.stop_reason is not None:
             return  # the text is over; the worker has not heard of it yet
         text = self._text.push(pending)
@@ -128,7 +127,7 @@ class Choice:
         elif text:
             self._emit(self, text, ())
             if self._text.is_plain and not self._num_logprobs:
-                self._emit_plain = self._emit.plain(self)
+                self._emit_plain = self._emit.plain(self, self._text)
         if self._text.stop_string is not None:
             self.stop_reason = self._text.stop_string
             self._stop()
@@ -147,6 +146,7 @@ class Choice:
 
     def end(self, finish: Finish) -> None:
         """Give out the rest of the text. Raises what the client must be told if the engine did not end it well."""
+        self.last_token_s = time.monotonic()
         if finish.reason is FinishReason.ERROR:
             raise EngineFailed(finish.error or "the engine gave up on this request")
         if finish.reason is FinishReason.CANCELLED:
@@ -176,7 +176,7 @@ class _Nowhere:
     def __call__(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         pass
 
-    def plain(self, choice: Choice) -> Callable[[str], None] | None:
+    def plain(self, choice: Choice, text: TextStream) -> Callable[[Sequence[int]], None] | None:
         return None
 
 
@@ -196,8 +196,16 @@ class Flusher:
 
     def __init__(self) -> None:
         self.dirty: list[Choice] = []
+        self.expects_no_more = False  # tokens that come now need not wait for others
+
+    def expect_no_more(self) -> None:
+        """The last message of this drain comes next."""
+        self.expects_no_more = True
 
     def flush(self) -> None:
+        self.expects_no_more = False
+        if not self.dirty:
+            return
         dirty, self.dirty = self.dirty, []
         now_s = time.monotonic()
         for choice in dirty:

@@ -16,6 +16,7 @@ import orjson
 from trtserve.plugins.api import TokenLogprob
 from trtserve.server.api.choice import Choice
 from trtserve.server.api.stream import EventStream
+from trtserve.server.text.text_stream import TextStream
 from trtserve.server.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -236,12 +237,19 @@ class StreamEmitter:
     def __call__(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         self._stream.write(self._renderer.text(choice, text, logprobs))
 
-    def plain(self, choice: Choice) -> Callable[[str], None] | None:
+    def plain(self, choice: Choice, text: TextStream) -> Callable[[Sequence[int]], None] | None:
         frame = self._renderer.frame(choice)
         if frame is None:
             return None
-        write = self._stream.framed(*frame)
-        return lambda text: write(orjson.dumps(text))
+        prefix, suffix = frame
+        write, decode = self._stream.framed(prefix + b'"', b'"' + suffix), text.plain_json()
+
+        def emit(token_ids: Sequence[int]) -> None:
+            piece = decode(token_ids)
+            if piece:
+                write(piece)
+
+        return emit
 
 
 class WholeAnswer:
@@ -258,8 +266,9 @@ class WholeAnswer:
         if logprobs:
             self._logprobs.setdefault(choice.index, []).extend(logprobs)
 
-    def plain(self, choice: Choice) -> Callable[[str], None] | None:
-        return self._texts.setdefault(choice.index, []).append
+    def plain(self, choice: Choice, text: TextStream) -> Callable[[Sequence[int]], None] | None:
+        append, decode = self._texts.setdefault(choice.index, []).append, text.plain_decoder()
+        return lambda token_ids: append(decode(token_ids))
 
     def body(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         rendered = [self._choice(choice) for choice in choices]

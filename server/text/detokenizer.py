@@ -13,6 +13,7 @@ from codecs import utf_8_decode
 from collections.abc import Sequence
 from typing import Protocol
 
+import orjson
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
@@ -28,17 +29,22 @@ class Detokenizer(Protocol):
     def push(self, token_ids: Sequence[int]) -> str:
         """The text that these tokens made certain; often '' within a character."""
 
+    def push_json(self, token_ids: Sequence[int]) -> bytes:
+        """As `push`, but the text as it stands inside a JSON string, in UTF-8 and without the quotes."""
+
     def finish(self) -> str:
         """What was held back."""
 
 
 class ByteDetokenizer:
-    """For byte-level vocabularies. A token costs a look-up and a call to the UTF-8 decoder."""
+    """For byte-level vocabularies. A token costs a look-up and a call to the UTF-8 decoder, or, as JSON and once it
+    was met between whole characters, a look-up alone."""
 
-    __slots__ = ("_bytes_of", "_held")
+    __slots__ = ("_bytes_of", "_held", "_json_of")
 
     def __init__(self, bytes_of: TokenBytes) -> None:
         self._bytes_of = bytes_of
+        self._json_of = bytes_of.json
         self._held = b""  # the beginning of a character, at most 3 bytes
 
     def push(self, token_ids: Sequence[int]) -> str:
@@ -52,6 +58,18 @@ class ByteDetokenizer:
         text, num_used = utf_8_decode(data, "replace", False)
         self._held = data[num_used:]
         return text
+
+    def push_json(self, token_ids: Sequence[int]) -> bytes:
+        is_alone = len(token_ids) == 1 and not self._held
+        if is_alone:
+            known = self._json_of[token_ids[0]] if token_ids[0] < len(self._json_of) else None
+            if known is not None:
+                return known
+        data = orjson.dumps(self.push(token_ids))[1:-1]
+        if is_alone and not self._held and token_ids[0] < len(self._json_of):
+            # Between whole characters a token's text is always the same.
+            self._json_of[token_ids[0]] = data
+        return data
 
     def finish(self) -> str:
         text, _ = utf_8_decode(self._held, "replace", True)
@@ -89,6 +107,9 @@ class StreamDetokenizer:
             return "" if len(self._held) <= _MAX_HELD_TOKENS else self._skip_ahead()
         self._context, self._held = self._held, []
         return text
+
+    def push_json(self, token_ids: Sequence[int]) -> bytes:
+        return orjson.dumps(self.push(token_ids))[1:-1]
 
     def finish(self) -> str:
         text = self._held_text() if self._held else ""

@@ -45,6 +45,10 @@ class TextStream:
         """`push` without the counting, where `is_plain`: for the hot path, which counts by itself."""
         return self._decode
 
+    def plain_json(self) -> Callable[[Sequence[int]], bytes]:
+        """As `plain_decoder`, but what it gives is the text inside a JSON string, in UTF-8 and without the quotes."""
+        return self._detokenizer.push_json
+
     @property
     def stop_string(self) -> str | None:
         """The stop string that ended the text; the sequence need not go on."""

@@ -28,13 +28,19 @@ class Spelling(StrEnum):
 class TokenBytes(dict[int, bytes]):
     """token id -> its bytes, filled as tokens are asked for, so at most one entry for each id of the vocabulary.
 
-    Ids in `silent` and ids without a token are b"".
+    Ids in `silent` and ids without a token are b"". `json` is for detokenizers to keep what they found out about
+    tokens, by id: their text inside a JSON string.
     """
 
     def __init__(
-        self, token_of: Callable[[int], str | None], spelling: Spelling, silent: frozenset[int] = frozenset()
+        self,
+        token_of: Callable[[int], str | None],
+        spelling: Spelling,
+        num_tokens: int,
+        silent: frozenset[int] = frozenset(),
     ) -> None:
         super().__init__()
+        self.json: list[bytes | None] = [None] * num_tokens
         self._token_of = token_of
         self._read = {
             Spelling.BYTE_LEVEL: byte_level_reader(),

@@ -49,8 +49,10 @@ class Tokenizer:
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self.named_special_tokens = named
         spelling = spelling_of(backend)
-        self._bytes = TokenBytes(backend.id_to_token, spelling)
-        self._bytes_without_special = TokenBytes(backend.id_to_token, spelling, silent=self.special_ids)
+        self._bytes = TokenBytes(backend.id_to_token, spelling, self.vocab_size)
+        self._bytes_without_special = TokenBytes(
+            backend.id_to_token, spelling, self.vocab_size, silent=self.special_ids
+        )
         self._joins_bytes = spelling is Spelling.BYTE_LEVEL and self._decodes_alike()
 
     @property

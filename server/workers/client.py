@@ -59,6 +59,7 @@ class WorkerClient:
         self.last_heard_s = self.last_step_s = time.monotonic()
         self.restarts = 0
         self._runs: dict[int, _Run] = {}
+        self._pushes: dict[int, Callable[[Sequence[int], None], None]] = {}  # the sinks' methods, for the hot path
         self._cancelled: set[int] = set()
         self._send: Callable[[wire.ToWorker], bool] | None = None
 
@@ -83,6 +84,7 @@ class WorkerClient:
         self.phase = reason
         self._send = None
         self._cancelled.clear()
+        self._pushes.clear()
         runs, self._runs = self._runs, {}
         for run in runs.values():
             if not run.ended.done():
@@ -114,9 +116,11 @@ class WorkerClient:
         if self.state is not WorkerState.READY or not self.send(wire.submit_of(request)):
             raise WorkerLost(f"worker {self.worker_id} is not reachable: {self.phase}")
         self._runs[request.id] = _Run(sink, ended)
+        self._pushes[request.id] = sink.push
         try:
             return await ended
         finally:
+            self._pushes.pop(request.id, None)
             if self._runs.pop(request.id, None) is not None:
                 self._cancelled.add(request.id)
                 self.send(wire.Cancel(request.id))
@@ -135,14 +139,14 @@ class WorkerClient:
         details = self._before_tokens(step.details) if step.details else None
         token_ids: list[int] = memoryview(step.token_ids).cast("i").tolist()
         request_ids: list[int] = memoryview(step.request_ids).cast("Q").tolist()
-        runs = self._runs
         if step.counts or details:
             self._push_rows(request_ids, step.counts, token_ids, details or {})
         else:
+            find = self._pushes.get
             for request_id, token_id in zip(request_ids, token_ids, strict=True):
-                run = runs.get(request_id)
-                if run is not None:
-                    run.sink.push((token_id,), None)
+                push = find(request_id)
+                if push is not None:
+                    push((token_id,), None)
         for detail in step.details:
             if detail.finish_reason is not None:
                 self._finish(detail, FinishReason(detail.finish_reason))
@@ -180,12 +184,14 @@ class WorkerClient:
 
     def _finish(self, detail: wire.Detail, reason: FinishReason) -> None:
         self._cancelled.discard(detail.request_id)
+        self._pushes.pop(detail.request_id, None)
         run = self._runs.pop(detail.request_id, None)
         if run is not None and not run.ended.done():
             run.ended.set_result(Finish(reason, detail.stop_token_id, detail.error, detail.kv_handle))
 
     def stop(self, request_id: RequestId) -> bool:
         """End a request early on the server's word; False when it does not run here."""
+        self._pushes.pop(request_id, None)
         run = self._runs.pop(request_id, None)
         if run is None:
             return False

@@ -37,8 +37,9 @@ class EndpointError(Exception):
 class Link:
     """Owns the socket. Use as a context manager inside the loop that is to read it.
 
-    `on_message(identity, message)` and then, once per wake-up, `on_drained()` are called on the loop; the identity is
-    what ZeroMQ calls the peer and what `send` takes.
+    `on_message(identity, message)` and then, once per wake-up, `on_drained()` are called on the loop, and
+    `before_last()` before the last message of a wake-up; the identity is what ZeroMQ calls the peer and what `send`
+    takes.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class Link:
         endpoint: str,
         on_message: Callable[[bytes, wire.FromWorker], None],
         on_drained: Callable[[], None],
+        before_last: Callable[[], None] = lambda: None,
     ) -> None:
         """`endpoint`: a ZeroMQ address to bind, ipc:// or tcp:// (port ``*`` for any)."""
         self._on_message = on_message
         self._on_drained = on_drained
+        self._before_last = before_last
         self._endpoint = endpoint
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
@@ -106,17 +109,23 @@ class Link:
     def _drain(self) -> None:
         if self._socket.closed:
             return
-        received = 0
-        while received < _MESSAGES_PER_TURN:
-            try:
-                frames = self._socket.recv_multipart(flags=zmq.NOBLOCK)
-            except zmq.Again:
-                break
-            received += 1
-            self._dispatch(frames)
+        received = self._receive()
         if received:
+            for frames in received[:-1]:
+                self._dispatch(frames)
+            self._before_last()
+            self._dispatch(received[-1])
             self._on_drained()
             self._drain_soon()
+
+    def _receive(self) -> list[list[bytes]]:
+        received: list[list[bytes]] = []
+        try:
+            while len(received) < _MESSAGES_PER_TURN:
+                received.append(self._socket.recv_multipart(flags=zmq.NOBLOCK))
+        except zmq.Again:
+            pass
+        return received
 
     def _dispatch(self, frames: list[bytes]) -> None:
         try:

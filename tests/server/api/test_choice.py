@@ -1,5 +1,6 @@
 """A sequence's tokens become text once, in order, whole, and up to where it stops."""
 
+import time
 from itertools import pairwise
 
 import pytest
@@ -31,8 +32,14 @@ class Emitted:
         self.pieces.append(text)
         self.logprobs += logprobs
 
-    def plain(self, choice):
-        return self.pieces.append if self.short_cut else None
+    def plain(self, choice, text):
+        decode = text.plain_decoder()
+
+        def emit(token_ids):
+            if piece := decode(token_ids):
+                self.pieces.append(piece)
+
+        return emit if self.short_cut else None
 
     @property
     def text(self):
@@ -57,7 +64,9 @@ class Answer:
 
     def drain(self, *pushes, logprobs=False):
         """What one drain of the worker's socket brings."""
-        for token_ids in pushes:
+        for number, token_ids in enumerate(pushes, 1):
+            if number == len(pushes):
+                self.flusher.expect_no_more()
             made = [TokenLogprob(token_id, -0.5) for token_id in token_ids] if logprobs else None
             self.choice.push(token_ids, made)
         self.flusher.flush()
@@ -191,8 +200,36 @@ def test_times_and_cached_tokens(tokenizer):
     answer.choice.flush(100.0)
     answer.choice.push([6], None)
     answer.choice.flush(101.5)
+    before_s = time.monotonic()
+    answer.choice.end(Finish(FinishReason.LENGTH))
     choice = answer.choice
-    assert (choice.cached_tokens, choice.first_token_s, choice.last_token_s) == (12, 100.0, 101.5)
+    assert (choice.cached_tokens, choice.first_token_s) == (12, 100.0)
+    assert choice.last_token_s >= before_s
+
+
+def test_tokens_of_the_last_message_go_straight_through(tokenizer):
+    answer = Answer(tokenizer)
+    answer.drain(tokens_of(tokenizer, "a"))
+    answer.flusher.expect_no_more()
+    answer.choice.push(tokens_of(tokenizer, "b"), None)
+    assert answer.emitted.text == "ab" and answer.flusher.dirty == [] and answer.choice.num_tokens == 2
+    answer.flusher.flush()
+    answer.choice.push(tokens_of(tokenizer, "c"), None)
+    assert answer.emitted.text == "ab"  # not known to be the last
+    answer.flusher.expect_no_more()
+    answer.choice.push(tokens_of(tokenizer, "d"), None)
+    assert answer.emitted.text == "ab"  # behind one that waits
+    answer.flusher.flush()
+    assert answer.emitted.pieces == ["a", "b", "cd"]
+
+
+def test_a_defect_on_the_straight_way_is_the_request_s_own(tokenizer, caplog):
+    answer = Answer(tokenizer)
+    answer.drain(tokens_of(tokenizer, "a"))
+    answer.choice._emit_plain = lambda token_ids: 1 / 0
+    answer.flusher.expect_no_more()
+    answer.choice.push(tokens_of(tokenizer, "b"), None)
+    assert isinstance(answer.failures[0], Internal) and "ZeroDivisionError" in caplog.text
 
 
 def test_a_defect_of_one_choice_does_not_hurt_the_others(tokenizer, caplog):

@@ -169,6 +169,16 @@ def test_log_probabilities_of_completions_count_characters(tokenizer):
     assert len(one["top_logprobs"]) == 2
 
 
+class GivenText:
+    """A plain text stream whose tokens are texts."""
+
+    def plain_decoder(self):
+        return "".join
+
+    def plain_json(self):
+        return lambda tokens: orjson.dumps("".join(tokens))[1:-1]
+
+
 @pytest.mark.parametrize("kind", ["chat", "completion"])
 @settings(deadline=None)
 @given(texts=st.lists(TEXTS, max_size=5))
@@ -176,7 +186,7 @@ def test_a_whole_answer_is_its_pieces_joined(tokenizer, kind, texts):
     whole, choice = WholeAnswer(ENVELOPE, shapes(tokenizer)[kind]), EndedChoice(stop_reason="END")
     for number, text in enumerate(texts):
         if number:
-            whole.plain(choice)(text)
+            whole.plain(choice, GivenText())([text])
         else:
             whole(choice, text, ())
     answer = orjson.loads(whole.body([choice], USAGE))
@@ -195,9 +205,9 @@ def test_the_short_way_to_a_stream_writes_the_same(tokenizer, texts):
         stream, choice = Stream(), EndedChoice()
         emit = StreamEmitter(ChunkRenderer(ENVELOPE, ChatShape(tokenizer), False, None), stream)
         emit(choice, texts[0], ())
-        plain = emit.plain(choice)
+        plain = emit.plain(choice, GivenText())
         for text in texts[1:]:
-            plain(text) if short else emit(choice, text, ())
+            plain([text]) if short else emit(choice, text, ())
         written.append(stream.written)
     assert written[0] == written[1]
 

@@ -1,3 +1,4 @@
+import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +37,26 @@ def test_any_byte_level_tokens_join_to_the_full_decode(tokenizer, byte_ids, data
     token = st.one_of(st.integers(0, tokenizer.vocab_size + 5), st.sampled_from(byte_ids), st.integers(0, 16))
     ids = data.draw(st.lists(token, max_size=60))
     assert stream(tokenizer.detokenizer(skip), ids, sizes) == tokenizer.decode(ids, skip)
+
+
+@settings(max_examples=300)
+@given(data=st.data(), skip=skips, sizes=chunk_sizes)
+def test_as_json_the_text_is_the_same(tokenizer, byte_ids, data, skip, sizes):
+    token = st.one_of(st.integers(0, tokenizer.vocab_size + 5), st.sampled_from(byte_ids), st.integers(0, 16))
+    ids = data.draw(st.lists(token, max_size=60))
+    for size_of_chunks in (sizes, [1] * 100):
+        detokenizer = tokenizer.detokenizer(skip)
+        pieces = [detokenizer.push_json(chunk) for chunk in in_chunks(ids, iter(size_of_chunks))]
+        text = orjson.loads(b'"' + b"".join(pieces) + b'"') + detokenizer.finish()
+        assert text == tokenizer.decode(ids, skip)
+
+
+def test_as_json_of_the_library_stream(sentencepiece_tokenizer):
+    text = 'say "hé" \\ 日'
+    ids = sentencepiece_tokenizer.encode_inline(text, add_special_tokens=False)
+    detokenizer = sentencepiece_tokenizer.detokenizer(True)
+    data = b"".join(detokenizer.push_json([token_id]) for token_id in ids)
+    assert orjson.loads(b'"' + data + b'"') + detokenizer.finish() == sentencepiece_tokenizer.decode(ids, True)
 
 
 @given(text=st.text(), sizes=chunk_sizes)

@@ -20,6 +20,7 @@ check: $(STAMP)  ## format, lint, types, import rules
 	$(BIN)/lint-imports
 
 bench: $(STAMP)  ## the figures of the README that need no other program
+	$(BIN)/python bench/server.py
 	$(BIN)/python bench/engine.py
 
 $(STAMP): pyproject.toml

@@ -133,7 +133,11 @@ class DirectStream:
         if not self.started:
             self.started = True
             chunk = self._path.head(self._headers) + chunk
-        self._transport.write(chunk)
+        try:
+            self._transport.write(chunk)
+        except RuntimeError:
+            self._lost()
+            return
         if self._transport.get_write_buffer_size() > self._max_buffered_bytes:
             self._give_up()
 
@@ -144,11 +148,19 @@ class DirectStream:
 
         def write(piece: bytes) -> None:
             if self._is_open:
-                transport_write(b"%x\r\n%b%b%b" % (frame_bytes + len(piece), prefix, piece, end))
+                try:
+                    transport_write(b"%x\r\n%b%b%b" % (frame_bytes + len(piece), prefix, piece, end))
+                except RuntimeError:
+                    self._lost()
+                    return
                 if buffer_size() > limit:
                     self._give_up()
 
         return write
+
+    def _lost(self) -> None:
+        """uvloop has closed the transport already: the client is gone, and the watch is about to hear of it."""
+        self._is_open = False
 
     def _give_up(self) -> None:
         self._is_open = False
@@ -162,7 +174,11 @@ class DirectStream:
             chunk = b"%x\r\n%b\r\n" % (len(last), last) if last else b""
             head = b"" if self.started else self._path.head(self._headers)
             self.started = True
-            self._transport.write(head + chunk + self._path.tail())
+            data = head + chunk + self._path.tail()
+            try:
+                self._transport.write(data)
+            except RuntimeError:
+                self._lost()
             await self._path.close()
 
 

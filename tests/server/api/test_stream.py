@@ -4,6 +4,7 @@ import asyncio
 
 import h11
 import pytest
+import uvloop
 
 from tests.server.api.connections import BIG, HEADERS, SEE_ALL, direct, get, no_one, plain, response, serving
 from trtserve.server.api.stream import AsgiStream, open_stream
@@ -146,3 +147,32 @@ async def test_a_client_that_does_not_read_is_given_up_once():
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             await response(reader)
     assert calls == [True]
+
+
+@pytest.mark.parametrize("first", ["write", "framed", "end"])
+def test_writing_to_what_uvloop_has_closed_is_no_error(first):
+    """uvloop's transports raise where asyncio's say nothing."""
+    survived = []
+
+    async def answer(scope, receive, send):
+        async with direct(send, HEADERS, no_one, BIG) as stream:
+            stream.write(b"one")
+            framed, transport = stream.framed(b"<", b">"), stream._transport
+            transport.abort()
+            for _ in range(10):
+                await asyncio.sleep(0)
+            with pytest.raises(RuntimeError, match="closed"):
+                transport.write(b"raises")
+            {"write": stream.write, "framed": framed, "end": lambda data: None}[first](b"two")
+            await stream.end(b"three")
+            survived.append(True)
+
+    async def run():
+        async with serving(answer) as connect:
+            reader, writer = await connect()
+            writer.write(get())
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError, ValueError)):
+                await response(reader)
+
+    uvloop.run(run())
+    assert survived == [True]

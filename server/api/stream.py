@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
 
 import h11
@@ -23,7 +24,11 @@ from hypercorn.protocol.events import StreamClosed
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 
-_WRITE_BUFFER_BYTES = 65536
+_PER_REQUEST = (b"x-request-id", b"x-trtserve-ignored-params")
+"""Headers whose values differ from answer to answer. We make them ourselves, of characters that a header may have."""
+
+_CHUNKED = b"Transfer-Encoding: chunked"
+"""What h11 puts behind our headers."""
 
 Message: TypeAlias = dict[str, Any]
 Scope: TypeAlias = dict[str, Any]
@@ -112,8 +117,6 @@ class DirectStream:
     ) -> None:
         self._path = path
         self._transport = path.transport
-        # uvloop then writes at the end of the loop's turn: pieces of the same turn go out together.
-        self._transport.set_write_buffer_limits(high=_WRITE_BUFFER_BYTES)
         self._headers = headers
         self._too_slow = too_slow
         self._max_buffered_bytes = max_buffered_bytes
@@ -192,12 +195,14 @@ class HypercornPath:
 
     def head(self, headers: Headers) -> bytes:
         """The bytes of the response's head; hypercorn's state moves on as if ASGI had started the response."""
-        all_headers = [*headers, *self.protocol.config.response_headers("h11")]
-        head = self.protocol.connection.send(h11.Response(status_code=200, headers=all_headers))
+        shared = tuple(header for header in headers if header[0] not in _PER_REQUEST)
+        head = self.protocol.connection.send(_response((*shared, *self.protocol.config.response_headers("h11"))))
         self.stream.response = {"type": "http.response.start", "status": 200, "headers": headers}
         self.stream.state = ASGIHTTPState.RESPONSE
         assert head is not None
-        return head
+        own = b"".join([b"%b: %b\r\n" % header for header in headers if header[0] in _PER_REQUEST])
+        place = head.index(_CHUNKED)
+        return head[:place] + own + head[place:]
 
     def tail(self) -> bytes:
         """The bytes that end the body."""
@@ -209,6 +214,12 @@ class HypercornPath:
         """As hypercorn does after a complete answer: the connection is ready for the next request, or closes."""
         self.stream.state = ASGIHTTPState.CLOSED
         await self.stream.send(StreamClosed(stream_id=self.stream.stream_id))
+
+
+@lru_cache(maxsize=64)
+def _response(headers: tuple[tuple[bytes, bytes], ...]) -> h11.Response:
+    """h11 checks each header by regular expression: most of the time of a head, and the same for every answer."""
+    return h11.Response(status_code=200, headers=list(headers))
 
 
 def find_path(send: Send) -> HypercornPath | None:

@@ -1,7 +1,8 @@
 """All that a plugin author needs: the data that crosses plugin borders and the contracts.
 
-Nothing here imports anything of trtserve but `settings`-free standard library, so a plugin package can
-depend on this module alone. Hooks (`trtserve.plugins.hooks`) make the objects described here by name.
+Nothing here imports anything of trtserve, so a plugin package can depend on this module alone. Hooks
+(`trtserve.plugins.hooks`) make the objects described here by name. It is one file, longer than the others, because it
+is the one page that an author reads: half of it is the contracts' text.
 
 Token ids travel as `TokenIds`: an `array` of C ints (typecode ``"i"``, int32), which is compact, indexable and
 gives its bytes away without a copy. Nobody changes one after it was handed over.

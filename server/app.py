@@ -12,12 +12,13 @@ import socket
 import sys
 import tempfile
 import time
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from trtserve.plugins.manager import PluginManager
 from trtserve.server.api.choice import Flusher
-from trtserve.server.api.parameters import SamplingDefaults
+from trtserve.server.api.parameters import sampling_defaults
 from trtserve.server.api.routes import Application
 from trtserve.server.api.schema import RequestRules
 from trtserve.server.api.serving import ApiKeys, HttpLimits, ServedModel, Serving
@@ -155,13 +156,7 @@ class Server:
             created=int(time.time()),
             vocab_size=vocab_size,
             eos_token_ids=generation.eos_token_ids,
-            defaults=SamplingDefaults(
-                1.0 if generation.temperature is None else generation.temperature,
-                1.0 if generation.top_p is None else generation.top_p,
-                generation.top_k or 0,
-                0.0,
-                generation.repetition_penalty or 1.0,
-            ),
+            defaults=sampling_defaults(asdict(generation)),
         )
         self._metrics.build.labels(version("trtserve"), settings.engine, model.name).set(1)
         self._metrics.watch(lambda: self._cluster.sample(self._live))

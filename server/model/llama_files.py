@@ -13,6 +13,9 @@ Json = dict[str, Any]
 
 _CONTROL = 3  # GGUF token type of special tokens
 
+_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+"""What SmolLM2's authors advise. The GGUF file does not say, and at temperature 1 a model so small wanders off."""
+
 
 def model_config(metadata: Metadata, has_own_head: bool) -> Json:
     """config.json. has_own_head: the file has an output matrix apart from the embedding."""
@@ -42,8 +45,8 @@ def model_config(metadata: Metadata, has_own_head: bool) -> Json:
 
 
 def generation_config(metadata: Metadata) -> Json:
-    """generation_config.json: what ends a sequence. Sampling stays at its defaults."""
-    return {"_from_model_config": True, **_special_ids(metadata)}
+    """generation_config.json: what ends a sequence, and how to sample where a client does not say."""
+    return {**_SAMPLING, **_special_ids(metadata)}
 
 
 def tokenizer(metadata: Metadata) -> Json:

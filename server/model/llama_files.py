@@ -14,7 +14,7 @@ Json = dict[str, Any]
 _CONTROL = 3  # GGUF token type of special tokens
 
 _SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
-"""What SmolLM2's authors advise. The GGUF file does not say, and at temperature 1 a model so small wanders off."""
+"""The GGUF file does not say how to sample, and at temperature 1 a model so small wanders off."""
 
 
 def model_config(metadata: Metadata, has_own_head: bool) -> Json:

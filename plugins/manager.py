@@ -82,28 +82,28 @@ class PluginManager:
         return missing
 
     def make_engine(self, name: str, config: EngineConfig) -> Engine:
-        self._require("engine", name)
+        self.require("engine", name)
         engine: Engine | None = self._manager.hook.make_engine(name=name, config=config)
         return _made(engine, "engine", name)
 
     def make_mode(self, name: str, config: ModeConfig) -> Mode:
-        self._require("mode", name)
+        self.require("mode", name)
         mode: Mode | None = self._manager.hook.make_mode(name=name, config=config)
         return _made(mode, "mode", name)
 
     def make_policy(self, name: str, config: PolicyConfig) -> RoutingPolicy:
-        self._require("policy", name)
+        self.require("policy", name)
         policy: RoutingPolicy | None = self._manager.hook.make_policy(name=name, config=config)
         return _made(policy, "policy", name)
 
     def make_launcher(self, name: str) -> Launcher:
-        self._require("launcher", name)
+        self.require("launcher", name)
         launcher: Launcher | None = self._manager.hook.make_launcher(name=name)
         return _made(launcher, "launcher", name)
 
     def check_options(self, kind: str, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options with defaults filled in and values converted. Raises PluginError naming every bad one."""
-        self._require(kind, name)
+        self.require(kind, name)
         model: type[BaseModel] | None = self._manager.hook.options_model(kind=kind, name=name)
         if model is None:
             if options:
@@ -120,10 +120,7 @@ class PluginManager:
             raise PluginError(f"bad options for {kind} {name}:\n" + "\n".join(problems)) from None
 
     def require(self, kind: str, name: str) -> None:
-        """Raises PluginError unless the plugin is installed and usable here."""
-        self._require(kind, name)
-
-    def _require(self, kind: str, name: str) -> None:
+        """Load the plugin; raises PluginError unless it is installed and usable here."""
         problem = self.problem(kind, name)
         if problem is not None:
             raise PluginError(problem)

@@ -71,7 +71,7 @@ class Metrics:
         finished = self._counters("trtserve_sequences_finished", "Generated sequences that ended", "finish_reason")
         self.finished = {reason: finished.labels(reason) for reason in FINISH_REASONS}
         self.rejections = self._counters(
-            "trtserve_rejections", "Sequences turned away: queue_full, no_worker", "reason"
+            "trtserve_rejections", "Turned away: queue_full, no_worker, draining", "reason"
         )
         self.disconnects = self._counter("trtserve_disconnects", "Clients that left before their answer's end")
         self.prompt_tokens = self._counter("trtserve_prompt_tokens", "Prompt tokens of ended requests")

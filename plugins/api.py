@@ -444,19 +444,3 @@ class Launcher(Protocol):
 
     async def start(self, spec: LaunchSpec) -> WorkerProcess:
         """Start it in its own process group; raises OSError if it cannot be started."""
-
-
-class KVTransfer(Protocol):
-    """Moves KV bytes between two workers; owns no lease and makes no decision. Made by the hook `make_transfer`.
-
-    All calls come from one thread of the worker. Disaggregated serving defines the plans and completions; until it
-    is there, no transfer ships.
-    """
-
-    @property
-    def name(self) -> str: ...
-
-    def export(self) -> bytes:
-        """A versioned description of the registered memory, for peers. Never a pickle."""
-
-    def close(self) -> None: ...

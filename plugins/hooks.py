@@ -14,13 +14,13 @@ from pydantic import BaseModel
 from trtserve.plugins.api import (
     Engine,
     EngineConfig,
-    KVTransfer,
     Launcher,
     Mode,
     ModeConfig,
     PolicyConfig,
     RoutingPolicy,
 )
+from trtserve.plugins.transfer_api import KVTransfer
 
 GROUP = "trtserve"
 

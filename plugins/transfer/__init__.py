@@ -1,0 +1,1 @@
+"""Ways to move KV blocks between workers, and what they have in common."""

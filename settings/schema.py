@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
 from pydantic_settings import BaseSettings, CliPositionalArg, CliSuppress, SettingsConfigDict
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -17,6 +17,35 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]*$", max_length
 """The name of a plugin."""
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+Coefficients = Annotated[tuple[float, float, float], Field(description="constant, linear, quadratic")]
+
+
+class PinnedEstimates(BaseModel):
+    """What the router is to take as given instead of learning it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    output_tokens: float | None = Field(default=None, gt=0, le=1e9, description="mean length of an answer, tokens")
+    reuse_probability: float | None = Field(
+        default=None, ge=0, le=1, description="that a stored KV block is used again before it is evicted"
+    )
+    block_life: float | None = Field(
+        default=None, gt=0, le=1e9, description="mean age at which a block is used again, s"
+    )
+    prefill_ms: Coefficients | None = Field(
+        default=None, description="pass time for n new prompt tokens: constant, times n, times n squared"
+    )
+    decode_ms: Coefficients | None = Field(
+        default=None, description="pass time at KV use u, 0 to 1: constant, times u, times u squared"
+    )
+
+    @model_validator(mode="after")
+    def _both_pass_times(self) -> PinnedEstimates:
+        if (self.prefill_ms is None) != (self.decode_ms is None):
+            raise ValueError("prefill_ms and decode_ms make one pass time together; give both or neither")
+        return self
 
 
 class Settings(BaseSettings):
@@ -46,7 +75,9 @@ class Settings(BaseSettings):
     # Shape of the deployment
     mode: Name = Field("agg", description="agg or disagg, or a plugin's")
     engine: Name = Field("torch", description="torch, sim or tensorrt_llm, or a plugin's")
-    router: Name = Field("least_loaded", description="round_robin, random, least_loaded or kv, or a plugin's")
+    router: Name = Field(
+        "kv", description="kv, kv_arrival, least_loaded, round_robin or random, or a plugin's routing policy"
+    )
     transfer: Name = Field("auto", description="how KV moves between workers: auto, shm, ucx, nixl or cupy_ipc")
     launcher: Name = Field("local", description="what starts worker processes")
     workers: int = Field(1, ge=0, le=1024, description="aggregated workers; 0: they are started by hand")
@@ -65,7 +96,13 @@ class Settings(BaseSettings):
     enable_prefix_caching: bool = Field(True, description="reuse the KV of equal prompt beginnings")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="of engines and policies where a request gives none")
     engine_options: dict[str, Any] = Field({}, description="the engine's own options, name=value")
+
+    # Routing
     router_options: dict[str, Any] = Field({}, description="the routing policy's own options, name=value")
+    pinned_estimates: PinnedEstimates = Field(
+        default_factory=PinnedEstimates, description="what the router takes as given instead of learning it"
+    )
+    decision_log: Path | None = Field(None, description="file that gets every routing decision, a JSON object a line")
 
     # HTTP
     host: str = Field("127.0.0.1", min_length=1, description="address to listen on")
@@ -96,6 +133,7 @@ class Settings(BaseSettings):
         None, description="file with the secret that workers started by hand show; default: a new one"
     )
     worker_start_timeout: Seconds = Field(1800, description="seconds from start to ready")
+    warm_up_timeout: float = Field(10, ge=0, le=3600, description="seconds after which no further warm-up pass starts")
     worker_silence_timeout: Seconds = Field(10, description="seconds without a heartbeat until a worker is lost")
     worker_stall_timeout: Seconds = Field(120, description="seconds without a step, with work pending, until lost")
     log_dir: Path | None = Field(None, description="where workers' logs stay; default: a private folder, removed")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from trtserve.plugins.api import (
     EngineInfo,
@@ -41,6 +42,31 @@ class _Run:
     ended: asyncio.Future[Finish]
 
 
+class StepListener(Protocol):
+    """Who wants to know what workers report (the router). Called on the event loop, must not block and must not raise,
+    but for ValueError where what a worker says makes no sense.
+
+    For each step, in this order and only where there is something to say: `on_events`, `on_prompt_done`, then the
+    tokens go to the requests' sinks, `on_ended`; `on_step` last and always. The warm-up's steps come before the worker
+    is ready, when `client.info` is not that of this incarnation; its requests have ids that the server never gave out.
+    """
+
+    def on_events(self, client: WorkerClient, first_event: int, events: Sequence[wire.WireEvent]) -> None:
+        """Blocks were stored or removed. first_event: the number of the first one, counted per incarnation from 0."""
+
+    def on_prompt_done(self, client: WorkerClient, request_id: RequestId, cached_tokens: int) -> None:
+        """A request's first token comes; `cached_tokens` of its prompt were in the prefix cache."""
+
+    def on_ended(self, client: WorkerClient, request_id: RequestId) -> None:
+        """The worker holds nothing of this request any more. When a worker is lost nobody calls this for each."""
+
+    def on_step(self, client: WorkerClient, step: wire.Step) -> None:
+        """A step is over: `step.load`, `step.stats` (None: no pass), `step.num_rows`, `step.num_tokens`. Hot."""
+
+    def on_blocks(self, client: WorkerClient, blocks: wire.Blocks) -> None:
+        """The answer to `WorkerClient.send_resync`: the worker's whole set, in its place among the steps."""
+
+
 class WorkerClient:
     """Submits requests to one worker and hands their tokens on. Lives on the event loop; survives restarts.
 
@@ -48,9 +74,10 @@ class WorkerClient:
     call of its sink; the tasks that wait are woken at the end only.
     """
 
-    def __init__(self, worker_id: WorkerId, role: Role) -> None:
+    def __init__(self, worker_id: WorkerId, role: Role, listener: StepListener) -> None:
         self.worker_id = worker_id
         self.role = role
+        self._listener = listener
         self.state = WorkerState.STARTING
         self.phase = "not started"
         self.info: EngineInfo | None = None
@@ -98,6 +125,10 @@ class WorkerClient:
         """False when there is no connection or the worker does not read."""
         return self._send is not None and self._send(message)
 
+    def send_resync(self) -> bool:
+        """Ask which blocks are stored; `StepListener.on_blocks` gets the answer. False as for `send`."""
+        return self.send(wire.Resync())
+
     # -------------------------------------------------------------- requests
 
     @property
@@ -133,9 +164,12 @@ class WorkerClient:
             self._advanced(message.steps)
 
     def on_step(self, step: wire.Step) -> None:
-        """Hot: runs once per engine step, its inner loop once per row."""
+        """Hot: runs once per engine step, its inner loop once per row. Raises ValueError or TypeError where the step
+        makes no sense."""
         self._advanced(step.number)
         self.load = step.load
+        if step.events:
+            self._listener.on_events(self, step.first_event, step.events)
         details = self._before_tokens(step.details) if step.details else None
         token_ids: list[int] = memoryview(step.token_ids).cast("i").tolist()
         request_ids: list[int] = memoryview(step.request_ids).cast("Q").tolist()
@@ -150,6 +184,13 @@ class WorkerClient:
         for detail in step.details:
             if detail.finish_reason is not None:
                 self._finish(detail, FinishReason(detail.finish_reason))
+        self._listener.on_step(self, step)
+
+    def on_blocks(self, message: wire.Blocks) -> None:
+        """Raises ValueError where the message makes no sense."""
+        if message.next_event < 0 or len(message.hashes) % 8:
+            raise ValueError(f"{len(message.hashes)} bytes of hashes before event {message.next_event}")
+        self._listener.on_blocks(self, message)
 
     def _advanced(self, steps: int) -> None:
         self.steps = steps
@@ -158,6 +199,8 @@ class WorkerClient:
     def _before_tokens(self, details: Sequence[wire.Detail]) -> dict[int, tuple[TokenLogprob, ...]]:
         logprobs = {}
         for detail in details:
+            if detail.cached_tokens is not None:
+                self._listener.on_prompt_done(self, detail.request_id, detail.cached_tokens)
             run = self._runs.get(detail.request_id)
             if run is None:
                 continue
@@ -188,6 +231,7 @@ class WorkerClient:
         run = self._runs.pop(detail.request_id, None)
         if run is not None and not run.ended.done():
             run.ended.set_result(Finish(reason, detail.stop_token_id, detail.error, detail.kv_handle))
+        self._listener.on_ended(self, detail.request_id)
 
     def stop(self, request_id: RequestId) -> bool:
         """End a request early on the server's word; False when it does not run here."""

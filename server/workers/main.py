@@ -30,7 +30,7 @@ def run_worker(settings: WorkerSettings) -> int:
     def make_engine() -> Engine:
         return manager.make_engine(settings.engine, config)
 
-    worker = Worker(_identity(settings, model_path), make_engine)
+    worker = Worker(_identity(settings, model_path), make_engine, settings.warm_up_timeout)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: worker.stop())
     return worker.run()

@@ -7,13 +7,15 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from trtserve.plugins.api import EngineInfo, Role, WorkerId
 from trtserve.server.workers import wire
-from trtserve.server.workers.client import WorkerClient, WorkerState
+from trtserve.server.workers.client import StepListener, WorkerClient, WorkerState
 
 logger = logging.getLogger(__name__)
+
+_Report = TypeVar("_Report", wire.Step, wire.Blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +28,17 @@ class Expectation:
     max_seq_len: int | None = None
 
 
-class PoolListener(Protocol):
-    """Who wants to know when capacity comes and goes (the router)."""
+class PoolListener(StepListener, Protocol):
+    """Who wants to know when capacity comes and goes, and what the workers report (the router)."""
 
-    def worker_ready(self, client: WorkerClient) -> None: ...
+    def worker_connected(self, client: WorkerClient) -> None:
+        """A new process said hello: its steps and events count from the beginning, and its cache is empty."""
 
-    def worker_gone(self, client: WorkerClient) -> None: ...
+    def worker_ready(self, client: WorkerClient) -> None:
+        """It takes requests now; `client.info` says how many."""
+
+    def worker_gone(self, client: WorkerClient) -> None:
+        """One that was ready takes no more requests, and those on it have failed."""
 
 
 class WorkerPool:
@@ -50,7 +57,7 @@ class WorkerPool:
 
     def add(self, worker_id: WorkerId, role: Role) -> WorkerClient:
         """Expect a worker of that id."""
-        client = WorkerClient(worker_id, role)
+        client = WorkerClient(worker_id, role, self._listener)
         self._clients[worker_id] = client
         return client
 
@@ -87,7 +94,9 @@ class WorkerPool:
         client.heard()
         match message:
             case wire.Step():
-                self._step(client, message)
+                self._report(client, client.on_step, message)
+            case wire.Blocks():
+                self._report(client, client.on_blocks, message)
             case wire.Heartbeat():
                 client.on_heartbeat(message)
             case wire.Progress():
@@ -98,13 +107,14 @@ class WorkerPool:
             case wire.Failed():
                 self.gone(client, message.reason)
 
-    def _step(self, client: WorkerClient, step: wire.Step) -> None:
+    def _report(self, client: WorkerClient, take: Callable[[_Report], None], report: _Report) -> None:
         try:
-            client.on_step(step)
+            take(report)
         except (TypeError, ValueError) as error:
             # Its packed arrays do not agree with each other: what it says cannot be trusted any more.
-            logger.exception("%s sent a step that makes no sense", client.worker_id)
-            self.gone(client, f"it sent a step that makes no sense: {error}")
+            kind = type(report).__name__.lower()
+            logger.exception("%s sent a message (%s) that makes no sense", client.worker_id, kind)
+            self.gone(client, f"it sent a message ({kind}) that makes no sense: {error}")
 
     def _hello(self, identity: bytes, hello: wire.Hello) -> None:
         reason = self._objection(hello)
@@ -118,6 +128,7 @@ class WorkerPool:
         client.state = WorkerState.STARTING
         self._by_identity[identity] = client
         client.connected(partial(self._send, identity))
+        self._listener.worker_connected(client)
         self._send(identity, wire.Welcome())
 
     def _objection(self, hello: wire.Hello) -> str | None:

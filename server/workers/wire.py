@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import sys
 from array import array
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from itertools import islice
 from typing import TypeAlias
 
 import msgspec
@@ -35,10 +36,13 @@ from trtserve.plugins.api import (
     WorkerLoad,
 )
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 """Either side closes the connection of a peer that sends more."""
+
+MAX_BLOCKS = (MAX_MESSAGE_BYTES - 64) // 8
+"""Hashes that one `Blocks` can carry."""
 
 assert sys.byteorder == "little", "the packed arrays on the wire are little-endian"
 assert array("i").itemsize == 4 and array("Q").itemsize == 8
@@ -124,6 +128,24 @@ class Step(msgspec.Struct, tag="step", frozen=True, array_like=True):
     events: tuple[WireEvent, ...]
     stats: PassStats | None
 
+    @property
+    def num_rows(self) -> int:
+        """Requests that got tokens."""
+        return len(self.request_ids) // 8
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens generated, over all rows."""
+        return len(self.token_ids) // 4
+
+
+class Blocks(msgspec.Struct, tag="blocks", frozen=True, array_like=True):
+    """The answer to `Resync`: every block stored after all events below `next_event`, in no order. Stands among the
+    steps where it belongs: the next step's `first_event` is `next_event`."""
+
+    next_event: int
+    hashes: bytes  # uint64[num_blocks]
+
 
 class Failed(msgspec.Struct, tag="failed", frozen=True, array_like=True):
     """The last words of a worker that cannot go on; it exits right after."""
@@ -131,7 +153,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True, array_like=True):
     reason: str
 
 
-FromWorker: TypeAlias = Hello | Progress | Ready | Heartbeat | Step | Failed
+FromWorker: TypeAlias = Hello | Progress | Ready | Heartbeat | Step | Blocks | Failed
 
 
 # ------------------------------------------------------------------ server -> worker
@@ -159,11 +181,15 @@ class Cancel(msgspec.Struct, tag="cancel", frozen=True, array_like=True):
     request_id: RequestId
 
 
+class Resync(msgspec.Struct, tag="resync", frozen=True, array_like=True):
+    """Events were lost: say which blocks are stored. `Blocks` is the answer."""
+
+
 class Shutdown(msgspec.Struct, tag="shutdown", frozen=True, array_like=True):
     """End now: the server has finished or given up what was running."""
 
 
-ToWorker: TypeAlias = Welcome | Refused | Submit | Cancel | Shutdown
+ToWorker: TypeAlias = Welcome | Refused | Submit | Cancel | Resync | Shutdown
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker = msgspec.msgpack.Decoder(FromWorker)
@@ -277,7 +303,14 @@ def event_of(event: KVEvent) -> WireEvent:
             return Cleared()
 
 
+def blocks_of(next_event: int, hashes: Collection[BlockHash], limit: int = MAX_BLOCKS) -> Blocks:
+    """Pack the whole set. Beyond `limit` some are left out: the server then knows less than is there, never more."""
+    # An array takes a list at once, and anything else one by one.
+    return Blocks(next_event, array("Q", list(islice(hashes, limit))).tobytes())
+
+
 def hashes_of(packed: bytes) -> Sequence[BlockHash]:
+    """Raises ValueError where the bytes are not a whole number of hashes."""
     hashes = array("Q")
     hashes.frombytes(packed)
     return hashes  # type: ignore[return-value]  # an array of ints is a sequence of hashes

@@ -1,17 +1,15 @@
 """The worker process's end of the wire: one thread owns the socket, the engine lives in threads of its own.
 
-Life: hello → welcome → start the engine → one warm-up token → ready → submit/cancel in, steps out → shutdown. An
-engine that breaks, a server that goes away or a refusal end the process with an exit code that says which.
+Life: hello → welcome → start the engine → warm-up → ready → submit/cancel in, steps out → shutdown. An engine that
+breaks, a server that goes away or a refusal end the process with an exit code that says which.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import queue
 import threading
 import time
-from array import array
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,17 +17,10 @@ from dataclasses import dataclass
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from trtserve.plugins.api import (
-    Engine,
-    EngineInfo,
-    FinishReason,
-    Request,
-    RequestId,
-    SamplingParams,
-    StepOutputs,
-    WorkerLoad,
-)
+from trtserve.plugins.api import Engine
 from trtserve.server.workers import wire
+from trtserve.server.workers.warm_up import WarmUp, WarmUpWatch
+from trtserve.server.workers.wire_sink import OUTBOX_LIMIT, Outbox, WireSink
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +30,6 @@ EXIT_SERVER_GONE = 4
 EXIT_ENGINE_FAILED = 70
 
 _HEARTBEAT_S = 1.0
-_OUTBOX_LIMIT = 10_000
-_WARM_UP_ID = RequestId(0)  # the server's ids begin at 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,83 +41,20 @@ class WorkerIdentity:
     connect_timeout_s: float
 
 
-class Outbox:
-    """Encoded messages on their way from engine threads to the thread that owns the socket.
+class Worker:
+    """Runs the process; `run` returns the exit code.
 
-    Bounded: when the server does not read, the engine waits, for at most a minute, and then counts as broken.
+    `make_engine` is called after the server said welcome. warm_up_s: how long after its first token the engine may go
+    on with the warm-up's probes (`warm_up.WarmUp`).
     """
 
-    def __init__(self) -> None:
-        self._queue: queue.Queue[bytes] = queue.Queue(_OUTBOX_LIMIT)
-        self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-
-    def put(self, data: bytes) -> None:
-        self._queue.put(data, timeout=60)
-        os.eventfd_write(self.descriptor, 1)
-
-    def take(self) -> bytes | None:
-        try:
-            return self._queue.get_nowait()
-        except queue.Empty:
-            return None
-
-    def reset(self) -> None:
-        """Call before taking: later puts wake the poller again."""
-        try:
-            os.eventfd_read(self.descriptor)
-        except BlockingIOError:
-            pass
-
-
-class WireSink:
-    """The EngineSink of a worker: packs each step in the engine's thread."""
-
-    def __init__(self, outbox: Outbox) -> None:
-        self._outbox = outbox
-        self.steps = 0
-        self.load = WorkerLoad()
-        self._events = 0
-        self.warm = threading.Event()
-        self.error: str | None = None
-        self.failed = threading.Event()
-
-    def push(self, step: StepOutputs) -> None:
-        if not self.warm.is_set():
-            self._look_for_warm_up(step)
-        self.steps += 1
-        self.load = step.load
-        message = wire.step_of(self.steps, self._events, step)
-        self._events += len(step.events)
-        self._outbox.put(wire.encode(message))
-
-    def _look_for_warm_up(self, step: StepOutputs) -> None:
-        for output in step.outputs:
-            if output.request_id == _WARM_UP_ID and output.finish_reason is not None:
-                if output.finish_reason is FinishReason.ERROR:
-                    self.error = f"the warm-up request failed: {output.error}"
-                self.warm.set()
-
-    def fail(self, error: BaseException) -> None:
-        if not self.failed.is_set():
-            logger.error("the engine failed", exc_info=error)
-            self.error = f"{type(error).__name__}: {error}"
-            self.failed.set()
-            self.warm.set()
-            self._outbox.put(wire.encode(wire.Failed(self.error)))
-
-    def progress(self, phase: str) -> None:
-        logger.info("%s", phase)
-        self._outbox.put(wire.encode(wire.Progress(phase)))
-
-
-class Worker:
-    """Runs the process; `run` returns the exit code. `make_engine` is called after the server said welcome."""
-
-    def __init__(self, identity: WorkerIdentity, make_engine: Callable[[], Engine]) -> None:
+    def __init__(self, identity: WorkerIdentity, make_engine: Callable[[], Engine], warm_up_s: float = 10.0) -> None:
         self._identity = identity
         self._make_engine = make_engine
+        self._warm_up_s = warm_up_s
         self._outbox = Outbox()
-        self._sink = WireSink(self._outbox)
+        self._watch = WarmUpWatch()
+        self._sink = WireSink(self._outbox, self._watch)
         self._engine: Engine | None = None
         self._starting: threading.Thread | None = None
         self._exit_code: int | None = None
@@ -147,7 +73,7 @@ class Worker:
         hello = self._identity.hello
         socket.setsockopt(zmq.ROUTING_ID, f"{hello.worker_id}#{hello.incarnation:x}".encode())
         socket.setsockopt(zmq.LINGER, 1000)  # the last words get a second to leave
-        socket.setsockopt(zmq.SNDHWM, _OUTBOX_LIMIT)
+        socket.setsockopt(zmq.SNDHWM, OUTBOX_LIMIT)
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
@@ -172,11 +98,11 @@ class Worker:
         welcome_deadline_s = time.monotonic() + self._identity.connect_timeout_s
         while self._exit_code is None:
             ready = dict(poller.poll(int(_HEARTBEAT_S * 1000)))
-            if monitor in ready and recv_monitor_message(monitor)["event"] == zmq.EVENT_DISCONNECTED:
+            if socket in ready or monitor in ready:
+                self._receive(socket)  # before the monitor: a server's last word may be Shutdown
+            if self._exit_code is None and monitor in ready and _says_disconnected(monitor):
                 logger.warning("the server is gone")
                 return EXIT_SERVER_GONE
-            if socket in ready:
-                self._receive(socket)
             if self._starting is None and time.monotonic() > welcome_deadline_s:
                 logger.error("no answer from the server at %s", self._identity.endpoint)
                 return EXIT_SERVER_GONE
@@ -200,14 +126,20 @@ class Worker:
             socket.send(wire.encode(wire.Heartbeat(self._sink.steps, self._sink.load)))
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
+        is_resync_due = False  # one answer serves all who asked in one turn
         while True:
             try:
                 message = wire.decode_to_worker(socket.recv(zmq.NOBLOCK))
             except zmq.Again:
-                return
-            self._handle(message)
+                break
+            if isinstance(message, wire.Resync):
+                is_resync_due = True
+            else:
+                self._handle(message)
+        if is_resync_due:
+            self._sink.push_blocks()
 
-    def _handle(self, message: wire.ToWorker) -> None:
+    def _handle(self, message: wire.Submit | wire.Cancel | wire.Welcome | wire.Refused | wire.Shutdown) -> None:
         match message:
             case wire.Submit():
                 self._running_engine().submit(wire.request_of(message))
@@ -234,23 +166,19 @@ class Worker:
             engine = self._make_engine()
             info = engine.start(self._sink)
             self._engine = engine
-            self._warm_up(engine, info)
+            self._sink.progress("warming up")
+            WarmUp(engine, info, self._watch, self._warm_up_s).run()
         except BaseException as error:
-            self._sink.fail(error)
+            if self._exit_code is None:  # else the engine was closed under the warm-up, on purpose
+                self._sink.fail(error)
             return
         if not self._sink.failed.is_set():
-            self._outbox.put(wire.encode(wire.Ready(info)))
-
-    def _warm_up(self, engine: Engine, info: EngineInfo) -> None:
-        """Ready means that a real token came out."""
-        self._sink.progress("warming up")
-        prompt = array("i", [token_id % info.vocab_size for token_id in range(1, 9)])
-        sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-        engine.submit(Request(_WARM_UP_ID, prompt, sampling))
-        self._sink.warm.wait()  # the server ends a worker whose start takes too long
-        if self._sink.error is not None:
-            raise RuntimeError(self._sink.error)
+            self._outbox.put(lambda: wire.Ready(info))
 
     def _close_engine(self) -> None:
         if self._engine is not None and not self._sink.failed.is_set():
             self._engine.close()
+
+
+def _says_disconnected(monitor: zmq.Socket[bytes]) -> bool:
+    return bool(recv_monitor_message(monitor)["event"] == zmq.EVENT_DISCONNECTED)

@@ -49,9 +49,28 @@ def request_of_one_token():
 
 @dataclass
 class Listener:
-    """Writes down which workers came and went."""
+    """Writes down which workers came and went, and what they reported."""
 
     heard: list[tuple[str, str]] = field(default_factory=list)
+    reports: list[tuple] = field(default_factory=list)
+
+    def worker_connected(self, client):
+        self.reports.append(("connected", client.worker_id))
+
+    def on_events(self, client, first_event, events):
+        self.reports.append(("events", first_event, events))
+
+    def on_prompt_done(self, client, request_id, cached_tokens):
+        self.reports.append(("prompt done", request_id, cached_tokens))
+
+    def on_ended(self, client, request_id):
+        self.reports.append(("ended", request_id))
+
+    def on_step(self, client, step):
+        self.reports.append(("step", step.number))
+
+    def on_blocks(self, client, blocks):
+        self.reports.append(("blocks", blocks.next_event, list(wire.hashes_of(blocks.hashes))))
 
     def worker_ready(self, client):
         self.heard.append(("ready", client.worker_id))
@@ -177,3 +196,30 @@ async def supervision(house, tmp_path):
     if supervision.task is not None:
         supervision.task.cancel()
         await asyncio.wait({supervision.task})
+
+
+@pytest.fixture
+def server(tmp_path):
+    from tests.server.workers.played_server import Server
+
+    server = Server(f"ipc://{tmp_path}/server")
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def run(server):
+    """Starts workers that talk to the played server, and ends them."""
+    from tests.server.workers.played_server import Running
+
+    started = []
+
+    def run(**settings):
+        started.append(Running(server, **settings))
+        return started[-1]
+
+    yield run
+    for one in started:
+        one.worker.stop()
+        one._thread.join(10)
+        assert not one._thread.is_alive()

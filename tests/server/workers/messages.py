@@ -107,6 +107,7 @@ FROM_WORKER = st.one_of(
     st.builds(wire.Ready, INFO),
     st.builds(wire.Heartbeat, COUNT, LOAD),
     st.builds(wire.step_of, COUNT, COUNT, STEP),
+    st.builds(wire.blocks_of, COUNT, st.sets(HASH, max_size=5)),
     st.builds(wire.Failed, TEXT),
 )
 TO_WORKER = st.one_of(
@@ -114,5 +115,6 @@ TO_WORKER = st.one_of(
     st.builds(wire.Refused, TEXT),
     REQUEST.map(wire.submit_of),
     st.builds(wire.Cancel, REQUEST_ID),
+    st.just(wire.Resync()),
     st.just(wire.Shutdown()),
 )

@@ -52,10 +52,10 @@ class Server:
 class Running:
     """A worker on a thread, as its process's main thread would run it."""
 
-    def __init__(self, server, connect_timeout_s=10.0, **options):
+    def __init__(self, server, connect_timeout_s=10.0, warm_up_s=10.0, **options):
         config = EngineConfig("", num_blocks=64, options={"speedup": 1e9, "vocab_size": 1000, **options})
         identity = WorkerIdentity(HELLO, server.endpoint, connect_timeout_s)
-        self.worker = Worker(identity, lambda: make_engine("sim", config))
+        self.worker = Worker(identity, lambda: make_engine("sim", config), warm_up_s)
         self._codes = queue.Queue()
         self._thread = threading.Thread(target=lambda: self._codes.put(self.worker.run()), daemon=True)
         self._thread.start()

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from tests.server.workers.conftest import Sink, a_request, until
+from tests.server.workers.conftest import Listener, Sink, a_request, until
 from trtserve.plugins.api import (
     Finish,
     FinishReason,
@@ -135,7 +135,7 @@ async def test_a_lost_worker_fails_all_its_requests(house, running):
 
 
 async def test_a_worker_that_is_not_ready_takes_nothing():
-    client = WorkerClient(WorkerId("agg-0"), Role.AGG)
+    client = WorkerClient(WorkerId("agg-0"), Role.AGG, Listener())
     with pytest.raises(WorkerLost, match="agg-0 is not reachable: not started"):
         await client.run(a_request(), Sink())
     assert client.num_running == 0

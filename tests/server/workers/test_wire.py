@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.server.workers.messages import EVENT, FROM_WORKER, REQUEST, STEP, TO_WORKER
+from tests.server.workers.messages import EVENT, FROM_WORKER, HASH, REQUEST, STEP, TO_WORKER
 from trtserve.plugins.api import (
     FinishReason,
     KVCleared,
@@ -105,6 +105,24 @@ def test_events_keep_their_hashes(event):
             assert list(wire.hashes_of(packed.hashes)) == list(hashes)
         case KVCleared():
             assert packed == wire.Cleared()
+
+
+@given(st.sets(HASH, max_size=9), st.integers(0, 9))
+def test_blocks_beyond_the_limit_are_left_out(hashes, limit):
+    packed = wire.hashes_of(wire.blocks_of(5, hashes, limit).hashes)
+    assert len(set(packed)) == len(packed) == min(limit, len(hashes)) and set(packed) <= hashes
+
+
+def test_the_most_blocks_fit_one_message():
+    """Their bytes, a tag, an event's number and what msgpack adds."""
+    frame = len(wire.encode(wire.Blocks(2**64 - 1, b"\0" * 2**17))) - 2**17
+    assert wire.MAX_BLOCKS * 8 + frame <= wire.MAX_MESSAGE_BYTES
+
+
+@pytest.mark.parametrize("packed", [b"\0", b"\0" * 12])
+def test_hashes_are_whole(packed):
+    with pytest.raises(ValueError, match="multiple of item size"):
+        wire.hashes_of(packed)
 
 
 def decodes_or_is_refused(data):

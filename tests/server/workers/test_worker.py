@@ -13,7 +13,7 @@ import pytest
 
 from tests.models import VOCAB_SIZE, make_tiny_model
 from tests.server.workers.conftest import HELLO
-from tests.server.workers.played_server import Running, Server, submit, tokens_until_end
+from tests.server.workers.played_server import submit, tokens_until_end
 from trtserve.plugins.api import (
     EngineConfig,
     FinishReason,
@@ -22,6 +22,7 @@ from trtserve.plugins.api import (
 from trtserve.plugins.engines.sim import make_engine
 from trtserve.plugins.fingerprint import model_fingerprint, tokenizer_fingerprint
 from trtserve.server.workers import wire
+from trtserve.server.workers.warm_up import FIRST_REQUEST_ID
 from trtserve.server.workers.worker import (
     EXIT_ENGINE_FAILED,
     EXIT_OK,
@@ -31,30 +32,6 @@ from trtserve.server.workers.worker import (
     WorkerIdentity,
 )
 
-WARM_UP_ID = 0
-
-
-@pytest.fixture
-def server(tmp_path):
-    server = Server(f"ipc://{tmp_path}/server")
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def run(server):
-    started = []
-
-    def run(**settings):
-        started.append(Running(server, **settings))
-        return started[-1]
-
-    yield run
-    for one in started:
-        one.worker.stop()
-        one._thread.join(10)
-        assert not one._thread.is_alive()
-
 
 def test_a_real_token_comes_before_ready(server, run):
     run()
@@ -63,7 +40,7 @@ def test_a_real_token_comes_before_ready(server, run):
     phases = [message.phase for message in between if isinstance(message, wire.Progress)]
     assert phases == ["simulating", "warming up"]
     warm = [array("Q", message.request_ids).tolist() for message in between if isinstance(message, wire.Step)]
-    assert [WARM_UP_ID] in warm
+    assert warm[0] == [FIRST_REQUEST_ID]
     assert between[-1].info.vocab_size == 1000
 
 
@@ -148,7 +125,7 @@ class FailingEngine:
         self._engine.close()
 
 
-@pytest.mark.parametrize("at", [WARM_UP_ID, 1])
+@pytest.mark.parametrize("at", [FIRST_REQUEST_ID, 1])
 def test_an_engine_that_breaks_has_last_words(server, at):
     codes = queue.Queue()
     worker = Worker(WorkerIdentity(HELLO, server.endpoint, 10.0), lambda: FailingEngine(at))
@@ -156,7 +133,7 @@ def test_an_engine_that_breaks_has_last_words(server, at):
     thread.start()
     server.receive(wire.Hello)
     server.say(wire.Welcome())
-    if at != WARM_UP_ID:
+    if at != FIRST_REQUEST_ID:
         server.receive(wire.Ready)
         server.say(submit(at))
     assert server.receive(wire.Failed).reason == "OSError: the device fell off the bus"
@@ -172,6 +149,16 @@ def test_a_server_that_goes_away(server, run):
     server.welcome()
     server.close()
     assert worker.exit_code() == EXIT_SERVER_GONE
+
+
+@pytest.mark.parametrize("attempt", range(5))
+def test_the_last_word_of_a_server_counts(server, run, attempt):
+    """Shutdown and the end of the connection may be there at the same time."""
+    worker = run()
+    server.welcome()
+    server.say(wire.Shutdown())
+    server.socket.close(linger=5000)
+    assert worker.exit_code() == EXIT_OK
 
 
 def test_a_worker_told_to_end_by_a_signal_says_so(server, run):

@@ -1,0 +1,105 @@
+"""From the engine's threads to the thread that owns the worker's socket: messages are numbered, packed and queued."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+
+from trtserve.plugins.api import StepOutputs, WorkerLoad
+from trtserve.server.workers import wire
+from trtserve.server.workers.block_mirror import BlockMirror
+from trtserve.server.workers.warm_up import WarmUpWatch
+
+logger = logging.getLogger(__name__)
+
+OUTBOX_LIMIT = 10_000
+_LONGEST_WAIT_S = 60.0
+
+
+class OutboxFull(Exception):
+    """The server has read nothing for a minute."""
+
+
+class Outbox:
+    """Encoded messages on their way from engine threads to the thread that owns the socket.
+
+    A message is made while nobody else can queue one, so what messages say about changing state comes in the order
+    in which it changed. Bounded: when the server does not read, the engine waits, for at most a minute, and then
+    counts as broken.
+    """
+
+    def __init__(self, limit: int = OUTBOX_LIMIT) -> None:
+        self._limit = limit
+        self._messages: deque[bytes] = deque()
+        self._has_room = threading.Condition()
+        self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+
+    def put(self, make: Callable[[], wire.FromWorker]) -> None:
+        """Wait for room, then make a message and queue it. Raises OutboxFull."""
+        with self._has_room:
+            if not self._has_room.wait_for(lambda: len(self._messages) < self._limit, _LONGEST_WAIT_S):
+                raise OutboxFull(f"the server has not read its messages for {_LONGEST_WAIT_S:.0f} s")
+            self._messages.append(wire.encode(make()))
+        os.eventfd_write(self.descriptor, 1)
+
+    def put_at_once(self, make: Callable[[], wire.FromWorker]) -> None:
+        """`put` beyond the limit, for the thread that calls `take`: it would wait for itself."""
+        with self._has_room:
+            self._messages.append(wire.encode(make()))
+        os.eventfd_write(self.descriptor, 1)
+
+    def take(self) -> bytes | None:
+        """The next message; None if there is none."""
+        with self._has_room:
+            if not self._messages:
+                return None
+            self._has_room.notify()
+            return self._messages.popleft()
+
+    def reset(self) -> None:
+        """Call before taking: later puts wake the poller again."""
+        with suppress(BlockingIOError):
+            os.eventfd_read(self.descriptor)
+
+
+class WireSink:
+    """The EngineSink of a worker: packs each step in the engine's thread, and remembers which blocks are stored."""
+
+    def __init__(self, outbox: Outbox, warm_up: WarmUpWatch) -> None:
+        self._outbox = outbox
+        self._warm_up = warm_up
+        self._mirror = BlockMirror()
+        self.steps = 0
+        self.load = WorkerLoad()
+        self.failed = threading.Event()
+
+    def push(self, step: StepOutputs) -> None:
+        self._outbox.put(lambda: self._next_step(step))
+        # Only now: Ready, which the end of the warm-up brings about, comes after the warm-up's last step.
+        self._warm_up.see(step)
+
+    def _next_step(self, step: StepOutputs) -> wire.Step:
+        self.steps += 1
+        self.load = step.load
+        return wire.step_of(self.steps, self._mirror.apply(step.events), step)
+
+    def push_blocks(self) -> None:
+        """Queue the whole set of stored blocks, right behind the steps that it includes. For the socket's thread."""
+        self._outbox.put_at_once(self._mirror.snapshot)
+
+    def fail(self, error: BaseException) -> None:
+        if self.failed.is_set():
+            return
+        logger.error("the engine failed", exc_info=error)
+        reason = f"{type(error).__name__}: {error}"
+        self.failed.set()
+        self._warm_up.give_up(reason)
+        self._outbox.put(lambda: wire.Failed(reason))
+
+    def progress(self, phase: str) -> None:
+        logger.info("%s", phase)
+        self._outbox.put(lambda: wire.Progress(phase))

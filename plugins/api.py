@@ -374,49 +374,6 @@ class ModeConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class HeldRequest:
-    """A request waiting in the router's queue, as a policy sees it."""
-
-    request: Request
-    role: Role
-    held_since_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerView:
-    """A ready worker, as a policy sees it."""
-
-    worker_id: WorkerId
-    role: Role
-    info: EngineInfo
-    load: WorkerLoad  # as last reported
-    booked_requests: int  # exact: placed and not ended
-    booked_tokens: int  # prompt + max_tokens of those
-
-    @property
-    def free_slots(self) -> int:
-        return self.info.max_num_seqs - self.booked_requests
-
-
-class RoutingPolicy(Protocol):
-    """Which held request goes where, now. Pure: no I/O, no clock of its own, deterministic given its inputs and its
-    own earlier answers, so that the server and a replay share it. Made by the hook `make_policy`."""
-
-    def assign(
-        self, held: Sequence[HeldRequest], workers: Sequence[WorkerView], now_s: float
-    ) -> Sequence[tuple[RequestId, WorkerId]]:
-        """`held` is in order of arrival and of one role; `workers` are the ready ones of that role, at least one.
-        Requests left out stay in the queue; the router asks again when a request arrives or ends or a worker comes
-        or goes. A worker must not be given more than its `free_slots`."""
-
-
-@dataclass(frozen=True, slots=True)
-class PolicyConfig:
-    seed: int = 0
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
 class LaunchSpec:
     """One worker process to start. `environment` is complete: nothing is inherited."""
 

@@ -17,9 +17,8 @@ from trtserve.plugins.api import (
     Launcher,
     Mode,
     ModeConfig,
-    PolicyConfig,
-    RoutingPolicy,
 )
+from trtserve.plugins.routing_api import PolicyConfig, RoutingPolicy
 from trtserve.plugins.transfer_api import KVTransfer
 
 GROUP = "trtserve"

@@ -17,9 +17,8 @@ from trtserve.plugins.api import (
     Launcher,
     Mode,
     ModeConfig,
-    PolicyConfig,
-    RoutingPolicy,
 )
+from trtserve.plugins.routing_api import PolicyConfig, RoutingPolicy
 
 _Made = TypeVar("_Made")
 
@@ -27,7 +26,6 @@ KINDS = ("mode", "engine", "policy", "transfer", "launcher")
 
 PLANNED = {
     "mode.disagg": "disaggregated serving",
-    "policy.kv": "KV-aware routing",
     "engine.tensorrt_llm": "the TensorRT-LLM engine",
     "transfer.shm": "KV transfer through shared memory",
     "transfer.ucx": "KV transfer over UCX",

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtserve.plugins.api import LaunchSpec, Mode, ModeConfig, PolicyConfig, Role, RoutingPolicy, WorkerId
+from trtserve.plugins.api import LaunchSpec, Mode, ModeConfig, Role, WorkerId
 from trtserve.plugins.manager import PluginError, PluginManager
+from trtserve.plugins.routing_api import PolicyConfig, RoutingPolicy
 from trtserve.server.workers.token import given_token
 from trtserve.settings.load import SettingsError
 from trtserve.settings.schema import Settings

@@ -5,29 +5,36 @@ from __future__ import annotations
 import heapq
 from collections.abc import Sequence
 
-from trtserve.plugins.api import HeldRequest, PolicyConfig, RequestId, RoutingPolicy, WorkerId, WorkerView
 from trtserve.plugins.hooks import hookimpl
+from trtserve.plugins.routing_api import (
+    Assignment,
+    HeldRequest,
+    Plan,
+    PolicyConfig,
+    RoutingPolicy,
+    RoutingState,
+)
 
 
 class LeastLoaded:
     """Exact load, since bookings are exact; ties go to the lowest worker id."""
 
-    def assign(
-        self, held: Sequence[HeldRequest], workers: Sequence[WorkerView], now_s: float
-    ) -> Sequence[tuple[RequestId, WorkerId]]:
-        heap = [(view.booked_tokens, view.worker_id, view.free_slots) for view in workers if view.free_slots > 0]
+    uses_prefixes = False
+
+    def assign(self, held: Sequence[HeldRequest], state: RoutingState) -> Plan:
+        heap = [(view.booked_tokens, view.worker_id, view.free_slots) for view in state.workers if view.free_slots > 0]
         heapq.heapify(heap)
         assignments = []
         for waiting in held:
             if not heap:
                 break
             tokens, worker_id, free = heapq.heappop(heap)
-            assignments.append((waiting.request.id, worker_id))
+            assignments.append(Assignment(waiting.request.id, worker_id))
             if free > 1:
                 request = waiting.request
                 more = len(request.prompt) + request.sampling.max_tokens
                 heapq.heappush(heap, (tokens + more, worker_id, free - 1))
-        return assignments
+        return Plan(assignments)
 
 
 @hookimpl

@@ -5,18 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from trtserve.plugins.api import HeldRequest, PolicyConfig, RequestId, RoutingPolicy, WorkerId, WorkerView
 from trtserve.plugins.hooks import hookimpl
+from trtserve.plugins.routing_api import (
+    Assignment,
+    HeldRequest,
+    Plan,
+    PolicyConfig,
+    RoutingPolicy,
+    RoutingState,
+)
 
 
 class RandomChoice:
+    uses_prefixes = False
+
     def __init__(self, seed: int) -> None:
         self._random = Random(seed)
 
-    def assign(
-        self, held: Sequence[HeldRequest], workers: Sequence[WorkerView], now_s: float
-    ) -> Sequence[tuple[RequestId, WorkerId]]:
-        room = {view.worker_id: view.free_slots for view in workers if view.free_slots > 0}
+    def assign(self, held: Sequence[HeldRequest], state: RoutingState) -> Plan:
+        room = {view.worker_id: view.free_slots for view in state.workers if view.free_slots > 0}
         assignments = []
         for waiting in held:
             if not room:
@@ -25,8 +32,8 @@ class RandomChoice:
             room[worker_id] -= 1
             if not room[worker_id]:
                 del room[worker_id]
-            assignments.append((waiting.request.id, worker_id))
-        return assignments
+            assignments.append(Assignment(waiting.request.id, worker_id))
+        return Plan(assignments)
 
 
 @hookimpl

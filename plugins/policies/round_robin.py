@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from trtserve.plugins.api import HeldRequest, PolicyConfig, RequestId, RoutingPolicy, WorkerId, WorkerView
+from trtserve.plugins.api import WorkerId
 from trtserve.plugins.hooks import hookimpl
+from trtserve.plugins.routing_api import (
+    Assignment,
+    HeldRequest,
+    Plan,
+    PolicyConfig,
+    RoutingPolicy,
+    RoutingState,
+)
 
 
 class RoundRobin:
+    uses_prefixes = False
+
     def __init__(self) -> None:
         self._last: WorkerId = WorkerId("")
 
-    def assign(
-        self, held: Sequence[HeldRequest], workers: Sequence[WorkerView], now_s: float
-    ) -> Sequence[tuple[RequestId, WorkerId]]:
+    def assign(self, held: Sequence[HeldRequest], state: RoutingState) -> Plan:
         # Turns go by id, so that they stay fair while workers come and go.
-        order = sorted(workers, key=lambda view: (view.worker_id <= self._last, view.worker_id))
+        order = sorted(state.workers, key=lambda view: (view.worker_id <= self._last, view.worker_id))
         room = {view.worker_id: view.free_slots for view in order}
         assignments = []
         for waiting in held:
@@ -25,8 +33,8 @@ class RoundRobin:
                 break
             room[worker_id] = room.pop(worker_id) - 1  # to the end of the line
             self._last = worker_id
-            assignments.append((waiting.request.id, worker_id))
-        return assignments
+            assignments.append(Assignment(waiting.request.id, worker_id))
+        return Plan(assignments)
 
 
 @hookimpl

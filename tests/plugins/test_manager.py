@@ -6,9 +6,10 @@ from importlib.metadata import entry_points
 
 import pytest
 
-from trtserve.plugins.api import EngineConfig, ModeConfig, PolicyConfig, Role
+from trtserve.plugins.api import EngineConfig, ModeConfig, Role
 from trtserve.plugins.hooks import GROUP
 from trtserve.plugins.manager import KINDS, PLANNED, PluginError, PluginManager
+from trtserve.plugins.routing_api import PolicyConfig
 
 METADATA = "Metadata-Version: 2.1\nName: outsiders\nVersion: 1.0\n"
 
@@ -62,7 +63,7 @@ def test_finding_and_making_import_only_what_is_needed():
     program = (
         "import sys\n"
         "from trtserve.plugins.manager import PluginManager, KINDS\n"
-        "from trtserve.plugins.api import PolicyConfig\n"
+        "from trtserve.plugins.routing_api import PolicyConfig\n"
         "manager = PluginManager()\n"
         "[manager.names(kind) for kind in KINDS]\n"
         "assert not [name for name in sys.modules if name.startswith('trtserve.plugins.engines')]\n"

@@ -12,11 +12,13 @@ import socket
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 from trtserve.plugins.manager import PluginManager
+from trtserve.plugins.routing_api import Curve, PassTimes
 from trtserve.server.api.choice import Flusher
 from trtserve.server.api.parameters import sampling_defaults
 from trtserve.server.api.routes import Application
@@ -30,8 +32,12 @@ from trtserve.server.http import AddressError, serve_http
 from trtserve.server.metrics import Metrics
 from trtserve.server.model.errors import ModelError
 from trtserve.server.model.folder import ModelFolder
+from trtserve.server.reports import WorkerReports
 from trtserve.server.requests import LiveRequests
+from trtserve.server.router.core import RoutingCore
+from trtserve.server.router.decision_log import DecisionLog
 from trtserve.server.router.router import QueueLimits, Router
+from trtserve.server.router.traffic import Traffic, TrafficOptions
 from trtserve.server.text.chat_template import ChatTemplate, load_chat_template
 from trtserve.server.text.special_tokens import special_tokens
 from trtserve.server.text.tokenizer import load_tokenizer
@@ -39,6 +45,7 @@ from trtserve.server.workers.link import Link
 from trtserve.server.workers.pool import Expectation, WorkerPool
 from trtserve.server.workers.supervisor import Supervisor, SupervisorLimits, WorkerStartFailed
 from trtserve.server.workers.token import given_token
+from trtserve.settings.load import SettingsError
 from trtserve.settings.schema import Settings
 
 logger = logging.getLogger(__name__)
@@ -73,10 +80,19 @@ class Server:
         self._live = LiveRequests(settings.request_timeout)
         self._flusher = Flusher()
         limits = QueueLimits(settings.max_queued_requests, settings.max_queued_tokens)
-        self._cluster = ServerCluster(Router(plan.policy, limits, self._metrics), self._metrics)
+        self._decision_log = _decision_log(settings)
+        core = RoutingCore(
+            plan.policy,
+            Traffic(_pinned_traffic(settings)),
+            _pinned_times(settings),
+            recorder=self._decision_log,
+            resync=lambda worker_id: self._cluster.resync(worker_id),
+        )
+        router = Router(core, limits, self._metrics, settings.router)
+        self._cluster = ServerCluster(router, self._metrics)
         self._launcher = manager.make_launcher(settings.launcher)
         self._token = given_token(settings) or secrets.token_hex(32)
-        self._pool = WorkerPool(self._expectation(), self._cluster)
+        self._pool = WorkerPool(self._expectation(), WorkerReports(router, self._cluster.capacity_changed))
         self._cluster.attach(self._pool)
         self._stop_signals = 0
         self._stop = asyncio.Event()
@@ -94,9 +110,12 @@ class Server:
         runtime_dir = Path(tempfile.mkdtemp(prefix="trtserve-"))  # 0700
         try:
             endpoint = self._settings.worker_endpoint or f"ipc://{runtime_dir}/workers.sock"
-            with Link(
-                endpoint, self._pool.on_message, self._flusher.flush, before_last=self._flusher.expect_no_more
-            ) as link:
+            with (
+                self._decision_log or nullcontext(),
+                Link(
+                    endpoint, self._pool.on_message, self._flusher.flush, before_last=self._flusher.expect_no_more
+                ) as link,
+            ):
                 self._pool.attach(link.send)
                 return await self._serve(link.endpoint, runtime_dir)
         finally:
@@ -267,6 +286,32 @@ class Server:
             logger.error("the server failed", exc_info=rest)
             return ExitCode.DEFECT
         return next(code for kind, code in codes.items() if isinstance(leaves[0], kind))
+
+
+def _pinned_traffic(settings: Settings) -> TrafficOptions:
+    pinned = settings.pinned_estimates
+    return TrafficOptions(pinned.output_tokens, pinned.reuse_probability, pinned.block_life)
+
+
+def _pinned_times(settings: Settings) -> PassTimes | None:
+    pinned = settings.pinned_estimates
+    if pinned.prefill_ms is None or pinned.decode_ms is None:
+        return None
+    return PassTimes(
+        Curve(*pinned.prefill_ms, low=1.0, high=float(settings.max_num_tokens)),
+        Curve(*pinned.decode_ms, low=0.0, high=1.0),
+    )
+
+
+def _decision_log(settings: Settings) -> DecisionLog | None:
+    """Raises SettingsError where the file cannot be written."""
+    path = settings.decision_log
+    if path is None:
+        return None
+    try:
+        return DecisionLog(path, settings.router)
+    except OSError as error:
+        raise SettingsError(f"--decision-log {path}: cannot be written: {error.strerror}") from error
 
 
 def _leaves(errors: BaseExceptionGroup[BaseException] | None) -> list[BaseException]:

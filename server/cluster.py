@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
-from trtserve.plugins.api import Finish, OutputSink, Placement, Request, RequestId, Role
+from trtserve.plugins.api import BlockHash, Finish, OutputSink, Placement, Request, RequestId, Role, TokenIds, WorkerId
+from trtserve.plugins.blocks import block_hashes
 from trtserve.server.errors import Overloaded
 from trtserve.server.metrics import Metrics, ServerSample, WorkerSample
 from trtserve.server.requests import LiveRequests
-from trtserve.server.router.router import Booking, Router
+from trtserve.server.router.core import Booking, IndexCheck
+from trtserve.server.router.router import Router, ServerBooking
 from trtserve.server.workers.client import WorkerClient, WorkerState
 from trtserve.server.workers.pool import WorkerPool
 
+_CHECK_DEADLINE_S = 10.0
+_INLINE_BLOCKS = 1000  # hashed within half a millisecond
+
 
 class ServerCluster:
-    """Implements `Cluster` for modes and `PoolListener` for the pool, which keeps the router's view of capacity."""
+    """Implements `Cluster` for modes, and answers what the API asks of routing and workers."""
 
     def __init__(self, router: Router, metrics: Metrics) -> None:
         self._router = router
@@ -24,6 +30,8 @@ class ServerCluster:
         self._pool: WorkerPool | None = None
         self._came = asyncio.Event()
         self._max_seq_len: int | None = None
+        self._block_size: int | None = None
+        self._explained: dict[RequestId, list[Booking]] = {}
 
     def attach(self, pool: WorkerPool) -> None:
         """The pool that runs what the router places; it needs this object first."""
@@ -36,12 +44,16 @@ class ServerCluster:
 
     # -------------------------------------------------------------- Cluster
 
-    async def place(self, request: Request, role: Role) -> Booking:
+    async def place(self, request: Request, role: Role) -> ServerBooking:
         started_s = time.perf_counter()
         try:
-            return await self._router.place(request, role)
+            placement = await self._router.place(request, role)
         finally:
             self._route_seconds.observe(time.perf_counter() - started_s)
+        explained = self._explained.get(request.id)
+        if explained is not None:
+            explained.append(placement.booking)
+        return placement
 
     async def run(self, placement: Placement, request: Request, sink: OutputSink) -> Finish:
         return await self.pool[placement.worker_id].run(request, sink)
@@ -49,20 +61,57 @@ class ServerCluster:
     def stop(self, request_id: RequestId) -> None:
         any(client.stop(request_id) for client in self.pool)
 
-    # -------------------------------------------------------------- PoolListener
+    # -------------------------------------------------------------- workers
 
-    def worker_ready(self, client: WorkerClient) -> None:
-        assert client.info is not None
-        self._router.add_worker(client.worker_id, client.role, client.info, lambda: client.load)
-        self._measure()
+    def capacity_changed(self) -> None:
+        """A worker has come or gone."""
+        infos = self._router.infos()
+        self._max_seq_len = min((info.max_seq_len for info in infos), default=None)
+        self._block_size = infos[0].block_size if infos else None  # all have one size: the handshake sees to it
         self._came.set()
 
-    def worker_gone(self, client: WorkerClient) -> None:
-        self._router.remove_worker(client.worker_id)
-        self._measure()
+    def resync(self, worker_id: WorkerId) -> None:
+        """The index has missed some of a worker's events: ask for its whole set."""
+        self.pool[worker_id].send_resync()
 
-    def _measure(self) -> None:
-        self._max_seq_len = min((info.max_seq_len for info in self._router.infos()), default=None)
+    # -------------------------------------------------------------- routing
+
+    async def hash_prompt(self, prompt: TokenIds, cache_salt: str) -> tuple[BlockHash, ...]:
+        """The block hashes that routing needs; none where the policy looks at no prefixes."""
+        size = self._block_size
+        if size is None or not self._router.core.policy.uses_prefixes:
+            return ()
+        if len(prompt) <= size * _INLINE_BLOCKS:
+            return block_hashes(prompt, size, cache_salt)
+        return await asyncio.to_thread(block_hashes, prompt, size, cache_salt)
+
+    def router_state(self) -> dict[str, Any]:
+        """For GET /v1/router/state."""
+        return self._router.describe()
+
+    async def check_index(self) -> dict[WorkerId, IndexCheck | None]:
+        """Compare the prefix index with what each ready worker says it has stored; the index takes that over. None for
+        a worker that gave no answer in time or publishes no events."""
+        clients = [client for client in self.pool if client.state is WorkerState.READY]
+        checks = await asyncio.gather(*(self._check(client) for client in clients))
+        return {client.worker_id: check for client, check in zip(clients, checks, strict=True)}
+
+    async def _check(self, client: WorkerClient) -> IndexCheck | None:
+        if not client.send_resync():
+            return None
+        try:
+            async with asyncio.timeout(_CHECK_DEADLINE_S):
+                return await self._router.next_check(client.worker_id)
+        except TimeoutError:
+            return None
+
+    def explain(self, request_id: RequestId) -> list[Booking]:
+        """A list that gets every booking of this request from now on, until `explained`."""
+        return self._explained.setdefault(request_id, [])
+
+    def explained(self, request_id: RequestId) -> None:
+        """The end of `explain`; nothing happens where it was not asked for."""
+        self._explained.pop(request_id, None)
 
     # -------------------------------------------------------------- questions
 
@@ -91,6 +140,7 @@ class ServerCluster:
     def _sample_worker(self, client: WorkerClient) -> WorkerSample:
         load, info = client.load, client.info
         is_ready = client.state is WorkerState.READY and info is not None
+        indexed_blocks, event_gaps = self._router.core.indexed(client.worker_id)
         return WorkerSample(
             worker_id=client.worker_id,
             role=client.role,
@@ -106,4 +156,6 @@ class ServerCluster:
             cached_tokens=load.cached_tokens_total,
             generated_tokens=load.generated_tokens_total,
             preemptions=load.preemptions_total,
+            indexed_blocks=indexed_blocks,
+            event_gaps=event_gaps,
         )

@@ -29,6 +29,8 @@ _FAST_TTFT_BUCKETS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08)
 _TTFT_BUCKETS = (*_FAST_TTFT_BUCKETS, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10, 20, 40, 80, 160, 640, 2560)
 _TPOT_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10, 20, 40, 80)
 _E2E_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+_DECISION_BUCKETS = (0.00001, 0.000025, 0.00005, 0.0001, 0.0002, 0.0003, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1)
+_PREFIX_ERROR_BUCKETS = (-16384, -4096, -1024, -256, -64, -1, 0, 64, 256, 1024, 4096, 16384)
 _STAGE_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 30)
 
 
@@ -50,6 +52,8 @@ class WorkerSample:
     cached_tokens: int
     generated_tokens: int
     preemptions: int
+    indexed_blocks: int = 0
+    event_gaps: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +99,18 @@ class Metrics:
             "stage",
         )
         self.stages = {stage: stages.labels(stage) for stage in STAGES}
+        self.decisions = self._counters("trtserve_routing_decisions", "Sequences placed on a worker", "policy")
+        self.decision_seconds = self._histogram(
+            "trtserve_routing_decision_duration_seconds", "CPU time of one routing decision", _DECISION_BUCKETS
+        )
+        self.held_seconds = self._histogram(
+            "trtserve_routing_hold_seconds", "From a sequence's arrival at the router to its placement", _STAGE_BUCKETS
+        )
+        self.prefix_error = self._histogram(
+            "trtserve_routing_prefix_error_tokens",
+            "Cached prompt tokens that were predicted, minus those that were found",
+            _PREFIX_ERROR_BUCKETS,
+        )
         self.loop_delay = self._gauges(
             "trtserve_event_loop_delay_seconds", "How late the last timer of the event loop was"
         ).labels()
@@ -163,6 +179,7 @@ _WORKER_GAUGES: dict[str, _Reader] = {
     "waiting_sequences": ("Sequences submitted and not running", lambda worker: worker.waiting),
     "booked_sequences": ("Sequences placed and not ended", lambda worker: worker.booked_requests),
     "free_blocks": ("KV blocks unused or evictable", lambda worker: worker.free_blocks),
+    "indexed_blocks": ("KV blocks that the prefix index has of it", lambda worker: worker.indexed_blocks),
 }
 _WORKER_COUNTERS: dict[str, _Reader] = {
     "restarts": ("Processes started after the first", lambda worker: worker.restarts),
@@ -170,6 +187,7 @@ _WORKER_COUNTERS: dict[str, _Reader] = {
     "cached_prompt_tokens": ("Prompt tokens from the prefix cache", lambda worker: worker.cached_tokens),
     "generation_tokens": ("Generated tokens", lambda worker: worker.generated_tokens),
     "preemptions": ("Sequences preempted", lambda worker: worker.preemptions),
+    "kv_event_gaps": ("Times that KV events were missed, and all blocks asked for", lambda worker: worker.event_gaps),
 }
 
 

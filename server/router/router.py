@@ -1,38 +1,27 @@
-"""Which worker takes a request, and when: the queue of held requests, the exact load, and the policy that chooses."""
+"""Routing on the event loop: requests wait here for their booking, timers ask again, and the queue is bounded."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from trtserve.plugins.api import (
-    EngineInfo,
-    HeldRequest,
-    Request,
-    RequestId,
-    Role,
-    RoutingPolicy,
-    WorkerId,
-    WorkerLoad,
-    WorkerView,
-)
+from trtserve.plugins.api import EngineInfo, PassStats, Request, RequestId, Role, WorkerId, WorkerLoad
 from trtserve.server.errors import Overloaded
 from trtserve.server.metrics import Metrics
+from trtserve.server.router.core import Booking, IndexCheck, RoutingCore
+from trtserve.server.router.description import describe
+from trtserve.server.router.feed import Change
 
 logger = logging.getLogger(__name__)
 
-_WINDOW = 256
-"""So many of the oldest held requests a policy looks at, which bounds the time of one decision."""
-
 _NO_WORKER_RETRY_S = 5.0
 _QUEUE_FULL_RETRY_S = 1.0
+_AFTER_FAILURE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,34 +32,15 @@ class QueueLimits:
     tokens: int
 
 
-@dataclass(slots=True)
-class _Worker:
-    """A ready worker's load, kept exact by bookings."""
-
-    worker_id: WorkerId
-    role: Role
-    info: EngineInfo
-    read_load: Callable[[], WorkerLoad]
-    booked_requests: int = 0
-    booked_tokens: int = 0
-
-    def view(self) -> WorkerView:
-        load = self.read_load()
-        return WorkerView(self.worker_id, self.role, self.info, load, self.booked_requests, self.booked_tokens)
-
-
-class Booking:
+class ServerBooking:
     """The Placement that `place` returns. Leaving the `with` block unbooks, exactly once."""
 
-    __slots__ = ("_router", "_tokens", "_worker", "worker_id")
+    __slots__ = ("_router", "booking", "worker_id")
 
-    def __init__(self, router: Router, worker: _Worker, tokens: int) -> None:
-        self._router = router
-        self._worker: _Worker | None = worker
-        self._tokens = tokens
-        self.worker_id = worker.worker_id
-        worker.booked_requests += 1
-        worker.booked_tokens += tokens
+    def __init__(self, router: Router, booking: Booking) -> None:
+        self._router: Router | None = router
+        self.booking = booking
+        self.worker_id = booking.worker_id
 
     def __enter__(self) -> Self:
         return self
@@ -81,147 +51,185 @@ class Booking:
         self.close()
 
     def close(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.booked_requests -= 1
-            worker.booked_tokens -= self._tokens
-            self._router.plan(worker.role)
-
-
-@dataclass(slots=True)
-class _Held:
-    """A request in the queue and the one who waits for its booking."""
-
-    waiting: HeldRequest
-    placed: asyncio.Future[Booking]
+        router, self._router = self._router, None
+        if router is not None:
+            router.unbook(self.booking)
 
 
 class Router:
-    """Holds requests until the policy finds a worker with room. Lives on the event loop; never awaits a worker."""
+    """Holds requests until the policy finds a worker for them. Lives on the event loop; never awaits a worker."""
 
-    def __init__(self, policy: RoutingPolicy, limits: QueueLimits, metrics: Metrics) -> None:
-        self._policy = policy
+    def __init__(
+        self,
+        core: RoutingCore,
+        limits: QueueLimits,
+        metrics: Metrics,
+        policy_name: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.core = core
         self._limits = limits
         self._metrics = metrics
-        self._workers: dict[WorkerId, _Worker] = {}
-        self._held: OrderedDict[RequestId, _Held] = OrderedDict()
-        self.held_tokens = 0
+        self._policy_name = policy_name
+        self._decisions = metrics.decisions.labels(policy_name)
+        self._clock = clock
+        self._waiting: dict[RequestId, asyncio.Future[ServerBooking]] = {}
+        self._checks: dict[WorkerId, list[asyncio.Future[IndexCheck | None]]] = {}
+        self._timers: dict[Role, asyncio.TimerHandle] = {}
 
     # -------------------------------------------------------------- workers come and go
 
-    def add_worker(
-        self, worker_id: WorkerId, role: Role, info: EngineInfo, read_load: Callable[[], WorkerLoad]
-    ) -> None:
-        """`read_load` gives the load as the worker last reported it."""
-        self._workers[worker_id] = _Worker(worker_id, role, info, read_load)
-        self.plan(role)
+    def add_worker(self, worker_id: WorkerId, role: Role, info: EngineInfo) -> None:
+        """A worker is ready. `plan` lets it take what waits, once all is told that is known of it."""
+        self.core.add_worker(worker_id, role, info)
 
     def remove_worker(self, worker_id: WorkerId) -> None:
         """Its bookings end by themselves as its requests fail. Held requests wait on; if it was the last worker of
         its role they wait for its restart, until their own deadline."""
-        self._workers.pop(worker_id, None)
+        self.core.remove_worker(worker_id)
 
     # -------------------------------------------------------------- requests
 
     @property
     def num_held(self) -> int:
-        return len(self._held)
+        return self.core.num_held
+
+    @property
+    def held_tokens(self) -> int:
+        return self.core.held_tokens
 
     def booked(self, worker_id: WorkerId) -> tuple[int, int]:
         """(requests, tokens) booked on a worker; none on one that is not ready."""
-        worker = self._workers.get(worker_id)
-        return (worker.booked_requests, worker.booked_tokens) if worker is not None else (0, 0)
+        worker = self.core.workers.get(worker_id)
+        return (worker.view.booked_requests, worker.view.booked_tokens) if worker is not None else (0, 0)
 
     def infos(self) -> list[EngineInfo]:
         """What the ready workers can do."""
-        return [worker.info for worker in self._workers.values()]
+        return [worker.view.info for worker in self.core.workers.values()]
 
-    async def place(self, request: Request, role: Role) -> Booking:
-        """As Cluster.place. Suspends only while no worker has room."""
-        if not any(worker.role is role for worker in self._workers.values()):
+    def describe(self) -> dict[str, Any]:
+        """The state in detail, JSON-able."""
+        return describe(self.core, self._policy_name, self._clock())
+
+    async def place(self, request: Request, role: Role) -> ServerBooking:
+        """As Cluster.place. Suspends only while the request is held."""
+        core = self.core
+        if not core.has_role(role):
             self._metrics.rejections.labels("no_worker").inc()
             raise Overloaded(f"no {role} worker is ready", code="no_worker", retry_after_s=_NO_WORKER_RETRY_S)
-        waiting = HeldRequest(request, role, time.monotonic())
-        if not self._held:
-            booking = self._book_at_once(waiting)
-            if booking is not None:
-                return booking
-        held = _Held(waiting, asyncio.get_running_loop().create_future())
-        self._hold(held)
-        self.plan(role)
-        if held.placed.done():
-            return held.placed.result()
-        self._check_room(held)
+        placed: asyncio.Future[ServerBooking] = asyncio.get_running_loop().create_future()
+        core.hold(request, role, self._clock())
+        self._waiting[request.id] = placed
         try:
-            return await held.placed
+            self.plan(role)
+            if not placed.done():
+                self._check_room(request)
+            return await placed
         except asyncio.CancelledError:
             # Cancelled in the same moment as placed: the booking has no owner any more.
-            if held.placed.done() and not held.placed.cancelled():
-                held.placed.result().close()
+            if placed.done() and not placed.cancelled():
+                placed.result().close()
             raise
         finally:
-            self._let_go(request.id)
+            self._waiting.pop(request.id, None)
+            core.let_go(request.id)
 
-    def _book_at_once(self, waiting: HeldRequest) -> Booking | None:
-        """The usual case, without the queue: nobody waits, and the policy finds a worker with room."""
-        views = self._views(waiting.role)
-        if any(view.free_slots > 0 for view in views):
-            for _, worker_id in self._policy.assign((waiting,), views, waiting.held_since_s):
-                return self._book(waiting.request, worker_id)
-        return None
+    def unbook(self, booking: Booking) -> None:
+        """A booking is over: its place is free for whoever waits."""
+        role = booking.worker.view.role
+        self.core.ended(booking, self._clock())
+        self.plan(role)
 
-    def _check_room(self, held: _Held) -> None:
-        """The queue includes `held`; if that is one too many, it goes."""
-        if len(self._held) <= self._limits.requests and self.held_tokens <= self._limits.tokens:
+    def _check_room(self, request: Request) -> None:
+        """The queue includes `request`; if that is one too many, it goes."""
+        core, limits = self.core, self._limits
+        if core.num_held <= limits.requests and core.held_tokens <= limits.tokens:
             return
-        requests, tokens = len(self._held) - 1, self.held_tokens - len(held.waiting.request.prompt)
-        self._let_go(held.waiting.request.id)
+        requests, tokens = core.num_held - 1, core.held_tokens - len(request.prompt)
         self._metrics.rejections.labels("queue_full").inc()
         raise Overloaded(
             f"the server is full: {requests} requests with {tokens} prompt tokens are waiting "
-            f"(limits {self._limits.requests} and {self._limits.tokens}); try again later",
+            f"(limits {limits.requests} and {limits.tokens}); try again later",
             code="queue_full",
             retry_after_s=_QUEUE_FULL_RETRY_S,
         )
 
-    def _hold(self, held: _Held) -> None:
-        self._held[held.waiting.request.id] = held
-        self.held_tokens += len(held.waiting.request.prompt)
+    # -------------------------------------------------------------- what workers report
 
-    def _let_go(self, request_id: RequestId) -> None:
-        held = self._held.pop(request_id, None)
-        if held is not None:
-            self.held_tokens -= len(held.waiting.request.prompt)
+    def events(self, worker_id: WorkerId, first_event: int, changes: Sequence[Change]) -> None:
+        """KV events of one step, before anything else of it."""
+        self.core.events(worker_id, first_event, changes, self._clock())
+
+    def prompt_done(self, worker_id: WorkerId, request_id: RequestId, cached_tokens: int) -> None:
+        """A request got its first token."""
+        booking = self.core.prompt_done(worker_id, request_id, cached_tokens)
+        if booking is not None:
+            self._metrics.prefix_error.observe(booking.predicted_cached_tokens - cached_tokens)
+
+    def snapshot(self, worker_id: WorkerId, next_event: int, hashes: Sequence[int]) -> None:
+        """A worker's whole set of blocks."""
+        check = self.core.snapshot(worker_id, next_event, hashes)
+        for waiting in self._checks.pop(worker_id, ()):
+            if not waiting.done():
+                waiting.set_result(check)
+
+    async def next_check(self, worker_id: WorkerId) -> IndexCheck | None:
+        """How the index differs from the set that the worker sends next. Waits for it, without a deadline."""
+        waiting: asyncio.Future[IndexCheck | None] = asyncio.get_running_loop().create_future()
+        self._checks.setdefault(worker_id, []).append(waiting)
+        return await waiting
+
+    def learn(self, worker_id: WorkerId, stats: PassStats) -> None:
+        """A pass of a ready worker's warm-up."""
+        self.core.learn(worker_id, stats)
+
+    def pass_ended(
+        self, worker_id: WorkerId, stats: PassStats | None, load: WorkerLoad, tokens: int, rows: int
+    ) -> None:
+        """The rest of a step: `rows` sequences got `tokens` tokens."""
+        self.core.pass_ended(worker_id, stats, load, tokens, rows, self._clock())
+        if self._waiting and stats is not None and stats.prefill_tokens:
+            self.plan(self.core.workers[worker_id].view.role)
+
+    # -------------------------------------------------------------- the decision
 
     def plan(self, role: Role) -> None:
-        """Ask the policy who goes where now, and book it."""
-        # Once more where the policy saw a full window and found room for some of it: there may be more of both.
-        while self._held and self._plan_window(role) == _WINDOW:
-            pass
-
-    def _plan_window(self, role: Role) -> int:
-        """One decision over the oldest held requests; returns how many were looked at, 0 if nothing was placed."""
-        in_order = (held.waiting for held in self._held.values() if held.waiting.role is role)
-        waiting = list(islice(in_order, _WINDOW))
-        views = self._views(role)
-        if not waiting or not views or not any(view.free_slots > 0 for view in views):
-            return 0
+        """Ask the policy who goes where now, book it, and wake those who waited for it."""
+        if not self._waiting:
+            return
+        now_s, started_s = self._clock(), time.perf_counter()
         try:
-            assignments = self._policy.assign(waiting, views, time.monotonic())
+            bookings = self.core.plan(role, now_s)
+            again_at_s = self.core.again_at_s(role)
         except Exception:
             # A plugin's defect must not hit whoever caused this decision by ending. The held requests wait on, for the
             # next decision or their own deadline.
             logger.exception("the routing policy failed")
-            return 0
-        for request_id, worker_id in assignments:
-            held = self._held[request_id]
-            self._let_go(request_id)
-            if not held.placed.done():
-                held.placed.set_result(self._book(held.waiting.request, worker_id))
-        return len(waiting) if assignments else 0
+            bookings, again_at_s = [], now_s + _AFTER_FAILURE_S
+        self._metrics.decision_seconds.observe(time.perf_counter() - started_s)
+        for booking in bookings:
+            self._wake(booking)
+        self._set_timer(role, again_at_s, now_s)
 
-    def _views(self, role: Role) -> list[WorkerView]:
-        return [worker.view() for worker in self._workers.values() if worker.role is role]
+    def _wake(self, booking: Booking) -> None:
+        self._decisions.inc()
+        self._metrics.held_seconds.observe(booking.held_s)
+        placed = self._waiting.pop(booking.request.id, None)
+        owned = ServerBooking(self, booking)
+        if placed is None or placed.done():
+            # Cancelled, and its task has not run since: nobody will give the booking back.
+            asyncio.get_running_loop().call_soon(owned.close)
+        else:
+            placed.set_result(owned)
 
-    def _book(self, request: Request, worker_id: WorkerId) -> Booking:
-        return Booking(self, self._workers[worker_id], len(request.prompt) + request.sampling.max_tokens)
+    def _set_timer(self, role: Role, again_at_s: float | None, now_s: float) -> None:
+        timer = self._timers.pop(role, None)
+        if timer is not None:
+            timer.cancel()
+        if again_at_s is not None:
+            loop = asyncio.get_running_loop()
+            self._timers[role] = loop.call_later(max(0.0, again_at_s - now_s), self._on_timer, role)
+
+    def _on_timer(self, role: Role) -> None:
+        self._timers.pop(role, None)
+        self.plan(role)

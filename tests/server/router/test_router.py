@@ -4,11 +4,10 @@ import asyncio
 
 import pytest
 
-from tests.server.router.routers import a_request, add, make_router, turn
+from tests.server.router.routers import a_request, add, make_router, router_with, turn
 from trtserve.plugins.api import Role, WorkerId
+from trtserve.plugins.routing_api import Assignment, Plan
 from trtserve.server.errors import Overloaded
-from trtserve.server.metrics import Metrics
-from trtserve.server.router.router import QueueLimits, Router
 
 
 def rejections(router, reason):
@@ -187,15 +186,18 @@ class _Moody:
 
     fails = False
 
-    def assign(self, held, workers, now_s):
+    uses_prefixes = False
+
+    def assign(self, held, state):
         if self.fails:
             raise RuntimeError("not now")
-        return [(waiting.request.id, workers[0].worker_id) for waiting in held[: workers[0].free_slots]]
+        worker = state.workers[0]
+        return Plan([Assignment(waiting.request.id, worker.worker_id) for waiting in held[: worker.free_slots]])
 
 
 async def test_a_policy_that_fails_hurts_neither_who_ends_nor_who_waits():
     policy = _Moody()
-    router = Router(policy, QueueLimits(100, 10_000), Metrics())
+    router = router_with(policy)
     add(router, "a", slots=1)
     first = await router.place(a_request(1), Role.AGG)
     second = asyncio.create_task(router.place(a_request(2), Role.AGG))

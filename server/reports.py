@@ -1,0 +1,96 @@
+"""What workers report, in the router's terms, and the router's view of which workers there are.
+
+A worker's warm-up runs before it is ready, and so before the router knows it; what it says then is kept until it is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from trtserve.plugins.api import PassStats, RequestId, WorkerId
+from trtserve.server.router.feed import Change
+from trtserve.server.router.router import Router
+from trtserve.server.workers import wire
+from trtserve.server.workers.client import WorkerClient, WorkerState
+
+_MOST_EARLY_REPORTS = 4096
+"""A warm-up takes some dozen passes. Of more, the newest count; the index notices by their numbers and asks again."""
+
+_NOTHING: tuple[Change, ...] = ()
+
+
+class WorkerReports:
+    """Implements `PoolListener` for the router."""
+
+    def __init__(self, router: Router, capacity_changed: Callable[[], None]) -> None:
+        """`capacity_changed` is called when a worker has come or gone."""
+        self._router = router
+        self._capacity_changed = capacity_changed
+        self._early: dict[WorkerId, deque[tuple[int, tuple[Change, ...]] | PassStats]] = {}
+
+    # -------------------------------------------------------------- workers come and go
+
+    def worker_connected(self, client: WorkerClient) -> None:
+        """A new incarnation begins."""
+        self._early[client.worker_id] = deque(maxlen=_MOST_EARLY_REPORTS)
+
+    def worker_ready(self, client: WorkerClient) -> None:
+        """Its engine runs: the router may use it, knowing all that it said so far."""
+        assert client.info is not None
+        router, worker_id = self._router, client.worker_id
+        router.add_worker(worker_id, client.role, client.info)
+        for report in self._early.pop(worker_id, ()):
+            if isinstance(report, PassStats):
+                router.learn(worker_id, report)
+            else:
+                router.events(worker_id, *report)
+        self._capacity_changed()
+        router.plan(client.role)
+
+    def worker_gone(self, client: WorkerClient) -> None:
+        """Its bookings end as its requests fail."""
+        self._router.remove_worker(client.worker_id)
+        self._capacity_changed()
+
+    # -------------------------------------------------------------- StepListener
+
+    def on_events(self, client: WorkerClient, first_event: int, events: Sequence[wire.WireEvent]) -> None:
+        changes = tuple(map(_change_of, events))
+        if client.state is WorkerState.READY:
+            self._router.events(client.worker_id, first_event, changes)
+        else:
+            self._keep(client, (first_event, changes))
+
+    def on_prompt_done(self, client: WorkerClient, request_id: RequestId, cached_tokens: int) -> None:
+        self._router.prompt_done(client.worker_id, request_id, cached_tokens)
+
+    def on_ended(self, client: WorkerClient, request_id: RequestId) -> None:
+        """The booking of a request goes with its run, not with this."""
+
+    def on_step(self, client: WorkerClient, step: wire.Step) -> None:
+        if client.state is WorkerState.READY:
+            if not step.events:
+                # Its number shows whether events were lost since the last ones.
+                self._router.events(client.worker_id, step.first_event, _NOTHING)
+            self._router.pass_ended(client.worker_id, step.stats, step.load, step.num_tokens, step.num_rows)
+        elif step.stats is not None:
+            self._keep(client, step.stats)
+
+    def on_blocks(self, client: WorkerClient, blocks: wire.Blocks) -> None:
+        self._router.snapshot(client.worker_id, blocks.next_event, wire.hashes_of(blocks.hashes))
+
+    def _keep(self, client: WorkerClient, report: tuple[int, tuple[Change, ...]] | PassStats) -> None:
+        early = self._early.get(client.worker_id)
+        if early is not None:
+            early.append(report)
+
+
+def _change_of(event: wire.WireEvent) -> Change:
+    match event:
+        case wire.Stored():
+            return "stored", wire.hashes_of(event.hashes)
+        case wire.Removed():
+            return "removed", wire.hashes_of(event.hashes)
+        case wire.Cleared():
+            return "cleared", ()

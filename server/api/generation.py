@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from trtserve.plugins.api import Request, TokenIds
 from trtserve.server.api.body import ClientGone, answer, cut_off, discard_body, read_body
 from trtserve.server.api.choice import Choice, Emit
+from trtserve.server.api.explanation import Explanation, is_wanted
 from trtserve.server.api.parameters import GenerationParams, ignored_header, max_tokens_for, to_sampling_params
 from trtserve.server.api.rendering import DONE, ChunkRenderer, Envelope, Shape, StreamEmitter, Usage, WholeAnswer
 from trtserve.server.api.serving import Serving, request_id_of
@@ -85,7 +86,8 @@ class GenerationEndpoint:
                     async with DisconnectWatch(
                         receive, send, lambda: live.cancel(ClientGone("the client left"))
                     ) as watch:
-                        return await self._answer(raw, request_id, send, headers, live, watch)
+                        explanation = Explanation(serving.cluster) if is_wanted(scope) else None
+                        return await self._answer(raw, request_id, send, headers, live, watch, explanation)
                 except asyncio.CancelledError:
                     raise _reason_of(live) from None
         except ServeError:
@@ -114,6 +116,7 @@ class GenerationEndpoint:
         headers: Headers,
         live: LiveRequest,
         watch: DisconnectWatch,
+        explanation: Explanation | None,
     ) -> int:
         prepared = await self._prepare(raw, self._serving)
         if prepared.params.ignored:
@@ -121,7 +124,7 @@ class GenerationEndpoint:
             logger.warning("request %s: ignored unknown parameters: %s", request_id, names)
             headers.append((b"x-trtserve-ignored-params", names.encode()))
         envelope = Envelope.new(f"{self._id_prefix}{request_id}", self._serving.model.name)
-        generation = Generation(self._serving, prepared, live)
+        generation = Generation(self._serving, prepared, live, explanation)
         try:
             return await self._run(generation, envelope, send, headers, watch)
         finally:
@@ -136,7 +139,7 @@ class GenerationEndpoint:
             await generation.run(whole, _ignore_end)
             watch.stop()
             content = whole.body(generation.choices, generation.usage())
-            await _answer_whole(send, content, headers, generation.live)
+            await _answer_whole(send, content, [*headers, *generation.late_headers()], generation.live)
             return 200
         return await self._stream(envelope, generation, send, headers, watch)
 
@@ -147,7 +150,11 @@ class GenerationEndpoint:
         usage_so_far = generation.usage if params.continuous_usage_stats else None
         renderer = ChunkRenderer(envelope, generation.prepared.shape, params.include_usage, usage_so_far)
         stream = open_stream(
-            send, [*_SSE_HEADERS, *headers], generation.too_slow, self._serving.limits.max_buffered_bytes
+            send,
+            [*_SSE_HEADERS, *headers],
+            generation.too_slow,
+            self._serving.limits.max_buffered_bytes,
+            generation.late_headers,
         )
         async with stream:
             status, last = 200, [b""]
@@ -175,8 +182,11 @@ OnEnd = Callable[[Choice, bool], None]
 class Generation:
     """The sequences of one request: every choice of every prompt, run at once."""
 
-    def __init__(self, serving: Serving, prepared: Prepared, live: LiveRequest) -> None:
+    def __init__(
+        self, serving: Serving, prepared: Prepared, live: LiveRequest, explanation: Explanation | None = None
+    ) -> None:
         self.serving = serving
+        self._explanation = explanation
         self.prepared = prepared
         self.live = live
         self.choices: list[Choice] = []
@@ -184,7 +194,7 @@ class Generation:
 
     async def run(self, emit: Emit, on_end: OnEnd) -> None:
         """Run them all to their end. Raises a ServeError, having cancelled the others, when one fails."""
-        requests = self._requests()
+        requests = await self._requests()
         self.choices = [self._choice(index, request, emit) for index, request in enumerate(requests)]
         try:
             if len(requests) == 1:
@@ -228,6 +238,8 @@ class Generation:
         """The request is over."""
         for choice in self.choices:
             choice.release()
+        if self._explanation is not None:
+            self._explanation.close()
 
     def too_slow(self) -> None:
         self.live.cancel(ClientGone("the client did not read its answer"))
@@ -241,12 +253,17 @@ class Generation:
             sum(choice.cached_tokens for choice in self.choices[::n]),
         )
 
-    def _requests(self) -> list[Request]:
+    def late_headers(self) -> Headers:
+        """What is known of the answer only when it begins."""
+        return [] if self._explanation is None else self._explanation.headers()
+
+    async def _requests(self) -> list[Request]:
         params, model, live = self.prepared.params, self.serving.model, self.serving.live
         max_seq_len = self.serving.cluster.max_seq_len()
         requests = []
         for prompt in self.prepared.prompts:
             max_tokens = max_tokens_for(params, len(prompt), max_seq_len)
+            hashes = await self.serving.cluster.hash_prompt(prompt, params.cache_salt)
             for index in range(params.n):
                 sampling = to_sampling_params(params, model.defaults, model.vocab_size, max_tokens, index)
                 requests.append(
@@ -255,10 +272,14 @@ class Generation:
                         prompt,
                         sampling,
                         model.eos_token_ids,
+                        block_hashes=hashes,
                         cache_salt=params.cache_salt,
                         arrival_s=self._arrival_s,
                     )
                 )
+        if self._explanation is not None:
+            for request in requests:
+                self._explanation.watch(request.id)
         return requests
 
     def _choice(self, index: int, request: Request, emit: Emit) -> Choice:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -69,6 +70,19 @@ class Inspection:
         status = "draining" if serving.live.draining else "ready" if is_ready else "starting"
         content = {"status": status, "phase": serving.phase(), "model": serving.model.name, "workers": workers}
         return json_response(content, 200 if is_ready else 503)
+
+    async def router_state(self, request: Request) -> Response:
+        """Workers as the router sees them, what it has learnt, and how much its index holds."""
+        return json_response(self._serving.cluster.router_state())
+
+    async def check_index(self, request: Request) -> Response:
+        """The prefix index against the workers' own sets of blocks."""
+        checks = await self._serving.cluster.check_index()
+        workers = [
+            {"id": worker_id, **(asdict(check) if check is not None else {"error": "no answer, or no KV events"})}
+            for worker_id, check in checks.items()
+        ]
+        return json_response({"workers": workers})
 
     async def version(self, request: Request) -> Response:
         return json_response({"version": version("trtserve")})

@@ -93,6 +93,22 @@ OPERATIONS: tuple[Operation, ...] = (
     ),
     Operation(
         "get",
+        "/v1/router/state",
+        "getRouterState",
+        "Workers as the router sees them, and what it has learnt",
+        "Document",
+        errors=_ALWAYS,
+    ),
+    Operation(
+        "post",
+        "/v1/router/check",
+        "checkIndex",
+        "Compare the prefix index with the workers' own sets of blocks",
+        "Document",
+        errors=_ALWAYS,
+    ),
+    Operation(
+        "get",
         "/health",
         "getHealth",
         "Whether requests can be served now",

@@ -83,6 +83,8 @@ def _starlette(serving: Serving) -> Starlette:
     routes = [
         Route("/v1/models", guarded(inspection.models)),
         Route("/v1/models/{model:path}", guarded(inspection.model)),
+        Route("/v1/router/state", guarded(inspection.router_state)),
+        Route("/v1/router/check", guarded(inspection.check_index), methods=["POST"]),
         Route("/v1/requests/{request_id}", guarded(inspection.cancel), methods=["DELETE"]),
         *(Route(f"{prefix}/tokenize", guarded(tokenization.tokenize), methods=["POST"]) for prefix in ("", "/v1")),
         *(Route(f"{prefix}/detokenize", guarded(tokenization.detokenize), methods=["POST"]) for prefix in ("", "/v1")),

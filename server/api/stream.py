@@ -24,7 +24,7 @@ from hypercorn.protocol.events import StreamClosed
 from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
 
-_PER_REQUEST = (b"x-request-id", b"x-trtserve-ignored-params")
+_PER_REQUEST = (b"x-request-id", b"x-trtserve-ignored-params", b"x-trtserve-explain")
 """Headers whose values differ from answer to answer. We make them ourselves, of characters that a header may have."""
 
 _CHUNKED = b"Transfer-Encoding: chunked"
@@ -35,6 +35,12 @@ Scope: TypeAlias = dict[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 Headers: TypeAlias = list[tuple[bytes, bytes]]
+LateHeaders: TypeAlias = Callable[[], Headers]
+"""Asked once, when the head is written: headers that are not known before the first piece of the body."""
+
+
+def no_late_headers() -> Headers:
+    return []
 
 
 class DisconnectWatch:
@@ -113,15 +119,24 @@ class DirectStream:
     """Writes chunks to the connection's transport. `too_slow` is called once when the client does not read."""
 
     def __init__(
-        self, path: HypercornPath, headers: Headers, too_slow: Callable[[], None], max_buffered_bytes: int
+        self,
+        path: HypercornPath,
+        headers: Headers,
+        too_slow: Callable[[], None],
+        max_buffered_bytes: int,
+        late_headers: LateHeaders = no_late_headers,
     ) -> None:
         self._path = path
         self._transport = path.transport
         self._headers = headers
+        self._late_headers = late_headers
         self._too_slow = too_slow
         self._max_buffered_bytes = max_buffered_bytes
         self._is_open = True
         self.started = False
+
+    def _head(self) -> bytes:
+        return self._path.head([*self._headers, *self._late_headers()])
 
     async def __aenter__(self) -> DirectStream:
         return self
@@ -135,7 +150,7 @@ class DirectStream:
         chunk = b"%x\r\n%b\r\n" % (len(data), data)
         if not self.started:
             self.started = True
-            chunk = self._path.head(self._headers) + chunk
+            chunk = self._head() + chunk
         try:
             self._transport.write(chunk)
         except RuntimeError:
@@ -175,7 +190,7 @@ class DirectStream:
         if self._is_open and (self.started or last):
             self._is_open = False
             chunk = b"%x\r\n%b\r\n" % (len(last), last) if last else b""
-            head = b"" if self.started else self._path.head(self._headers)
+            head = b"" if self.started else self._head()
             self.started = True
             data = head + chunk + self._path.tail()
             try:
@@ -241,9 +256,17 @@ def find_path(send: Send) -> HypercornPath | None:
 class AsgiStream:
     """The same by ASGI alone: a task sends what `write` left for it."""
 
-    def __init__(self, send: Send, headers: Headers, too_slow: Callable[[], None], max_buffered_bytes: int) -> None:
+    def __init__(
+        self,
+        send: Send,
+        headers: Headers,
+        too_slow: Callable[[], None],
+        max_buffered_bytes: int,
+        late_headers: LateHeaders = no_late_headers,
+    ) -> None:
         self._send = send
         self._headers = headers
+        self._late_headers = late_headers
         self._too_slow = too_slow
         self._max_buffered_bytes = max_buffered_bytes
         self._buffer: list[bytes] = []
@@ -288,7 +311,8 @@ class AsgiStream:
 
     async def _send_buffered(self) -> None:
         await self._wake.wait()
-        await self._send({"type": "http.response.start", "status": 200, "headers": self._headers})
+        headers = [*self._headers, *self._late_headers()]
+        await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         while not self._ending or self._buffer:
             await self._wake.wait()
             self._wake.clear()
@@ -300,10 +324,14 @@ class AsgiStream:
 
 
 def open_stream(
-    send: Send, headers: Iterable[tuple[bytes, bytes]], too_slow: Callable[[], None], max_buffered_bytes: int
+    send: Send,
+    headers: Iterable[tuple[bytes, bytes]],
+    too_slow: Callable[[], None],
+    max_buffered_bytes: int,
+    late_headers: LateHeaders = no_late_headers,
 ) -> EventStream:
     """The fastest stream that this connection allows."""
     path = find_path(send)
     if path is not None:
-        return DirectStream(path, list(headers), too_slow, max_buffered_bytes)
-    return AsgiStream(send, list(headers), too_slow, max_buffered_bytes)
+        return DirectStream(path, list(headers), too_slow, max_buffered_bytes, late_headers)
+    return AsgiStream(send, list(headers), too_slow, max_buffered_bytes, late_headers)

@@ -19,6 +19,7 @@ from trtserve.plugins.api import (
     ModeConfig,
 )
 from trtserve.plugins.routing_api import PolicyConfig, RoutingPolicy
+from trtserve.plugins.transfer_api import KVTransfer
 
 _Made = TypeVar("_Made")
 
@@ -27,7 +28,6 @@ KINDS = ("mode", "engine", "policy", "transfer", "launcher")
 PLANNED = {
     "mode.disagg": "disaggregated serving",
     "engine.tensorrt_llm": "the TensorRT-LLM engine",
-    "transfer.shm": "KV transfer through shared memory",
     "transfer.ucx": "KV transfer over UCX",
     "transfer.nixl": "KV transfer over NIXL",
     "transfer.cupy_ipc": "KV transfer between the GPUs of a node",
@@ -93,6 +93,11 @@ class PluginManager:
         self.require("policy", name)
         policy: RoutingPolicy | None = self._manager.hook.make_policy(name=name, config=config)
         return _made(policy, "policy", name)
+
+    def make_transfer(self, name: str) -> KVTransfer:
+        self.require("transfer", name)
+        transfer: KVTransfer | None = self._manager.hook.make_transfer(name=name)
+        return _made(transfer, "transfer", name)
 
     def make_launcher(self, name: str) -> Launcher:
         self.require("launcher", name)

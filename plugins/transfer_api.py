@@ -99,7 +99,8 @@ class BlockCopies:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """What one read copies. A target appears once; nobody touches the targets until the read has ended."""
+    """What one read copies. A region appears once, in it a target once; nobody touches the targets until the read has
+    ended."""
 
     copies: Sequence[BlockCopies]
 
@@ -140,6 +141,10 @@ class Peer(Protocol):
     def lane(self) -> str:
         """How its bytes travel (``cma``, ``tcp``, ``memfd``, ``cuda_ipc``); for logs and metrics."""
 
+    @property
+    def bandwidth_bytes_per_s(self) -> float:
+        """What the probe of `import_peer` measured; rough, made for deadlines."""
+
 
 class TransferError(Exception):
     """A transfer cannot be opened, a region not registered or a peer not imported; the text says why."""
@@ -176,8 +181,9 @@ class KVTransfer(Protocol):
         bytes that are no export, or regions that do not fit the own ones of the same name."""
 
     def read_blocks(self, peer: Peer, plan: ReadPlan, deadline_s: float) -> TransferId:
-        """Begin to copy; may do all of the copying before it returns, in pieces of at most 16 MiB between which the
-        deadline (seconds from now) and `cancel` count. A plan out of bounds raises ValueError and copies nothing."""
+        """Begin to copy; may do all of the copying before it returns, in pieces of some milliseconds (16 MiB; of one
+        run, 128 MiB) between which the deadline (seconds from now) and `cancel` count. A plan out of bounds raises
+        ValueError and copies nothing; an empty one ends DONE. A peer that is gone ends the read, it does not raise."""
 
     def poll(self) -> list[Completion]:
         """Move on what is under way and return what ended since the last call. Never blocks, never raises."""

@@ -2,9 +2,9 @@
 
 - Errors are relative: a sample weighs 1 / (predicted time of its pass)^2, as noise grows with the time of a pass.
 - Plain forgetting winds up: after thousands of passes at the same x all that was known of other x is forgotten, and the
-  next pass elsewhere bends the curve to its noise. So forgetting is towards a floor, as in R. Kulhavy, M. B. Zarrop,
-  "On a general concept of forgetting", International Journal of Control 58 (1993): what is known never sinks far below
-  what a few passes spread over the whole range would have told.
+  next pass elsewhere bends the curve to its noise. So forgetting is towards a floor (information = 0.99 information +
+  0.01 floor + new; such variants are surveyed in arXiv:2308.04259): what is known never sinks far below what a few
+  passes spread over the whole range would have told.
 - An error beyond three standard deviations counts as three, so that one page-in changes little, while a lasting change
   widens the deviation and is followed.
 - While errors are mostly to one side, the speed has changed, and the past is forgotten ten times as fast. So are the

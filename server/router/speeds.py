@@ -93,8 +93,8 @@ class PassTimeModel:
     def _taught(self, tokens: int, usage: float) -> CurveFit | None:
         """Which curve a pass teaches.
 
-        One with prompts and decodes teaches the curve that is less sure of it, given the other one; none while decode
-        is not known, as its share would be taken for prefill. Only teaching prefill would not do: a worker under load
+        One with prompts and decodes teaches the curve that is less sure of it, given the other one; none while neither
+        is known, as the whole would be taken for one of them. Only teaching prefill would not do: a worker under load
         may have prompts in every pass, and its decode at that load would never come to be known.
         """
         if tokens <= 0:

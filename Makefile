@@ -29,7 +29,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet --upgrade pip
 	@echo "installing trtserve with its embedded engine (a few minutes the first time) ..."
 	$(BIN)/pip install --quiet torch==2.13.0
-	$(BIN)/pip install --quiet --editable '.[embedded,dev]'
+	$(BIN)/pip install --quiet --editable '.[embedded,ucx,dev]'
+	$(BIN)/pip install --quiet --no-deps 'nixl-cu12>=1.5,<2'  # its metadata would bring a CUDA build of torch
 	$(BIN)/pip install --quiet --target $(VENV)/openai-2 'openai<3'  # for a test beside openai 3
 	@touch $(STAMP)
 

@@ -26,9 +26,7 @@ _Made = TypeVar("_Made")
 KINDS = ("mode", "engine", "policy", "transfer", "launcher")
 
 PLANNED = {
-    "mode.disagg": "disaggregated serving",
     "engine.tensorrt_llm": "the TensorRT-LLM engine",
-    "transfer.ucx": "KV transfer over UCX",
     "transfer.nixl": "KV transfer over NIXL",
     "transfer.cupy_ipc": "KV transfer between the GPUs of a node",
 }

@@ -1,4 +1,4 @@
-"""`trtserve [serve] [MODEL] …`, `trtserve worker …`, `trtserve plugins`: flags to settings, settings to a run."""
+"""`trtserve [serve] [MODEL] …`, `worker …`, `replay TRACE …`, `plugins`: flags to settings, settings to a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trtserve.server.exit_codes import ExitCode
 from trtserve.settings.load import SettingsError, load_settings
 from trtserve.settings.schema import Settings, WorkerSettings
 
-_COMMANDS = ("serve", "worker", "plugins", "version")
+_COMMANDS = ("serve", "worker", "replay", "plugins", "version")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,6 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         match command:
             case "worker":
                 return _worker(given)
+            case "replay":
+                from trtserve.server.replay.command import main as replay
+
+                return replay(given)
             case "plugins":
                 return _plugins()
             case "version":

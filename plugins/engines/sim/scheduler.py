@@ -14,6 +14,9 @@ The rules of a pass, with a budget of `max_num_tokens`:
    same pass finds it. At most prompt - 1 tokens are reused: something has to be computed.
 4. A sequence whose every token is computed gets its next one at the end of the pass.
 5. One that ended gives its blocks back, the last block first.
+
+Most passes do nothing but decode, and change nothing but counts. A replay, which has millions of them, asks for their
+durations with `plan_decodes` and runs those that it needs at once with `run_decodes`.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from dataclasses import dataclass
 from trtserve.plugins.api import (
     FinishReason,
     Output,
+    PassStats,
     Request,
     RequestId,
     RequestRefused,
@@ -36,7 +40,7 @@ from trtserve.plugins.engines.sim.pool import BlockPool
 from trtserve.plugins.engines.sim.sequence import Sequence
 from trtserve.plugins.engines.sim.speculation import Speculation
 from trtserve.plugins.engines.sim.timing import PassTiming
-from trtserve.plugins.engines.sim.tokens import TokenModel
+from trtserve.plugins.engines.sim.tokens import TokenSource
 
 
 @dataclass(slots=True)
@@ -56,7 +60,7 @@ class Scheduler:
         self,
         limits: SchedulerLimits,
         timing: PassTiming,
-        tokens: TokenModel,
+        tokens: TokenSource,
         speculation: Speculation | None = None,
     ) -> None:
         self.limits = limits
@@ -79,6 +83,11 @@ class Scheduler:
                 f"The prompt has {length} tokens; this engine takes 1 to {limit - 1}, one less than its longest"
                 f" sequence of {limit}: shorten the prompt or raise max_seq_len."
             )
+        if not 0 <= request.num_resumed < length:
+            raise RequestRefused(
+                f"The request resumes after {request.num_resumed} generated tokens, but its prompt has {length} with"
+                " them: one at least has to be there before."
+            )
         stream = self._tokens.stream(request)
         reuse = self.limits.enable_prefix_caching
         sequence = Sequence(request, stream, self.limits.block_size, limit, reuse)
@@ -94,12 +103,12 @@ class Scheduler:
         self._end_early(Output(request_id, finish_reason=FinishReason.ERROR, error=error))
 
     def has_work(self) -> bool:
-        return bool(self.running or self.waiting or self._ended_early)
+        return bool(self.running or self.waiting or self._ended_early or self.pool.has_events)
 
     def num_generated(self, request_id: RequestId) -> int | None:
-        """Tokens that a live request has got so far; None for any other."""
+        """Tokens that a live request has got so far, on other workers too; None for any other."""
         sequence = self._sequences.get(request_id)
-        return None if sequence is None else len(sequence.generated)
+        return None if sequence is None else sequence.request.num_resumed + len(sequence.generated)
 
     def run_pass(self) -> StepOutputs:
         """One pass. `stats` says how long it takes; it is None if there was only an early end to report."""
@@ -112,6 +121,33 @@ class Scheduler:
         return StepOutputs(
             outputs, self.load(), self.pool.take_events(), batch.stats(self._timing, self._capacity_tokens)
         )
+
+    def plan_decodes(self, most: int) -> list[float]:
+        """The durations in seconds of the next passes, at most `most`, that do nothing but decode: no sequence waits,
+        begins or completes a block, or may end but for its length, which the last of them may reach. None of them
+        if the next pass is another one. They hold until something is added or aborted."""
+        running = self.running
+        if not running or self.waiting or self._ended_early or self._speculation or self.pool.has_events:
+            return []
+        for sequence in running:
+            most = min(most, sequence.decodes_ahead())
+            if most <= 0:
+                return []
+        first = sum(sequence.num_tokens for sequence in running)
+        contexts = range(first, first + most * len(running), len(running))
+        return [self._timing.decode_s(context, self._capacity_tokens) for context in contexts]
+
+    def run_decodes(self, count: int) -> StepOutputs:
+        """The first `count` passes that `plan_decodes` gave, at once. What `run_pass` would give in as many calls, the
+        tokens of each request in one output; load and stats are the last pass's."""
+        running = self.running
+        outputs = [sequence.decode(count) for sequence in running]
+        context_tokens = sum(sequence.num_computed for sequence in running)
+        duration_s = self._timing.decode_s(context_tokens, self._capacity_tokens)
+        stats = PassStats(duration_s, 0, len(running), context_tokens)
+        self._counters.generated_tokens += count * len(running)
+        self._remove_ended([s for s, output in zip(running, outputs, strict=True) if output.finish_reason is not None])
+        return StepOutputs(outputs, self.load(), self.pool.take_events(), stats)
 
     def load(self) -> WorkerLoad:
         counters = self._counters
@@ -196,7 +232,7 @@ class Scheduler:
         return True
 
     def _finish_pass(self, batch: Batch) -> list[Output]:
-        counters, outputs, has_ended = self._counters, [], False
+        counters, outputs, ended = self._counters, [], []
         for sequence in batch.ready:
             output = sequence.generate()
             outputs.append(output)
@@ -210,12 +246,16 @@ class Scheduler:
                 if sequence.num_computed >= sequence.next_full:
                     sequence.fill(self.pool)
             if output.finish_reason is not None:
-                has_ended = True
-                self.pool.release(sequence.blocks)
-                del self._sequences[sequence.request.id]
-        if has_ended:
-            self.running = [sequence for sequence in self.running if sequence.request.id in self._sequences]
+                ended.append(sequence)
+        self._remove_ended(ended)
         return outputs
+
+    def _remove_ended(self, ended: list[Sequence]) -> None:
+        for sequence in ended:
+            self.pool.release(sequence.blocks)
+            del self._sequences[sequence.request.id]
+        if ended:
+            self.running = [sequence for sequence in self.running if sequence.request.id in self._sequences]
 
     def _end_early(self, output: Output) -> None:
         sequence = self._sequences.pop(output.request_id, None)

@@ -7,7 +7,7 @@ from array import array
 from trtserve.plugins.api import BlockHash, FinishReason, Output, Request, TokenIds, TokenLogprob
 from trtserve.plugins.blocks import block_hash, block_hashes, root_hash
 from trtserve.plugins.engines.sim.pool import Block, BlockPool
-from trtserve.plugins.engines.sim.tokens import TokenStream
+from trtserve.plugins.engines.sim.tokens import Tokens
 
 _NEVER = 1 << 62
 
@@ -40,7 +40,7 @@ class Sequence:
         "request",
     )
 
-    def __init__(self, request: Request, stream: TokenStream, block_size: int, max_seq_len: int, reuse: bool) -> None:
+    def __init__(self, request: Request, stream: Tokens, block_size: int, max_seq_len: int, reuse: bool) -> None:
         self.request = request
         # Lengths are kept rather than asked for: passes need them for every sequence.
         self.num_prompt_tokens = self.num_tokens = len(request.prompt)
@@ -107,6 +107,26 @@ class Sequence:
         cached, self._is_reported = None if self._is_reported else self.num_cached, True
         told = None if num_top is None else tuple(logprobs)
         return Output(request.id, token_ids, finish_reason, stop_token_id, cached, told)
+
+    def decodes_ahead(self) -> int:
+        """In how many of the next passes it does nothing but decode, if all others do: one token a pass and no change
+        of its blocks, up to and including the pass that gives its last token."""
+        sampling, inside = self.request.sampling, self.num_tokens % self._block_size
+        decodes = self.generated and self.num_tokens - self.num_computed == 1
+        # Block by block: one is taken with the first token in it, and made reusable with the last one.
+        if not decodes or inside <= 1 or self._ends or sampling.logprobs is not None:
+            return 0
+        if len(self.generated) < sampling.min_tokens:
+            return 0
+        return min(self._block_size - inside, self.num_remaining)
+
+    def decode(self, count: int) -> Output:
+        """What so many passes in which it does nothing but decode give, in one; count <= decodes_ahead()."""
+        token_ids = self._stream.take(count)
+        self.generated += token_ids
+        self.num_computed += count
+        self.num_tokens += count
+        return Output(self.request.id, token_ids, None if self.num_remaining else FinishReason.LENGTH)
 
     def _count_full(self, num_full: int) -> None:
         self._num_full = num_full

@@ -11,14 +11,40 @@ above 0, and the engine's seed otherwise.
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
 from math import log
+from typing import Protocol
 
 from xxhash import xxh3_64
 
-from trtserve.plugins.api import Request, TokenLogprob
+from trtserve.plugins.api import Request, TokenIds, TokenLogprob
 
 _MASK_64 = (1 << 64) - 1
+
+
+class Tokens(Protocol):
+    """What one sequence says, one token after the other."""
+
+    @property
+    def draw(self) -> int:
+        """16 bits that the choice of the last token did not use."""
+
+    def next(self, may_end: bool) -> int:
+        """The next token's id. An end or stop token only if `may_end`."""
+
+    def take(self, count: int) -> TokenIds:
+        """The next `count` tokens of a sequence that no token can end: as so many calls of `next`."""
+
+    def logprob(self, token_id: int, num_top: int) -> TokenLogprob:
+        """Log probabilities of the token that `next` gave last."""
+
+
+class TokenSource(Protocol):
+    """A model, as far as the scheduler needs one."""
+
+    def stream(self, request: Request) -> Tokens:
+        """The tokens that follow the request's prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +102,10 @@ class TokenStream:
                 token_id = self._next_allowed(place, banned)
         self._hash.update(token_id.to_bytes(4, "little"))
         return token_id
+
+    def take(self, count: int) -> TokenIds:
+        """The next `count` tokens of a sequence that no token can end."""
+        return array("i", [self.next(True) for _ in range(count)])
 
     def logprob(self, token_id: int, num_top: int) -> TokenLogprob:
         """Likely-looking log probabilities of the token that `next` gave last: it comes first among the `num_top`

@@ -1,0 +1,1 @@
+"""`trtserve replay`: a trace of requests in virtual time, through the server's own router, modes and policies."""

@@ -1,0 +1,211 @@
+"""The workers of a replay as a mode sees them, and what they report to the router: as in the server, without a wire."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import assert_never
+
+from trtserve.plugins.api import (
+    Finish,
+    FinishReason,
+    HandOver,
+    KVCleared,
+    KVEvent,
+    KVRemoved,
+    KVStored,
+    OutputSink,
+    Placement,
+    Prediction,
+    Request,
+    RequestId,
+    RequestRefused,
+    Role,
+    StepOutputs,
+    WorkerId,
+)
+from trtserve.server.metrics import Metrics
+from trtserve.server.replay.measures import MeasuredRequest
+from trtserve.server.replay.virtual_time import ReportClock
+from trtserve.server.replay.worker import VirtualWorker
+from trtserve.server.router.core import RoutingCore
+from trtserve.server.router.feed import Change
+from trtserve.server.router.router import QueueLimits, Router, ServerBooking
+
+
+class NotReplayable(Exception):
+    """The mode asks for something that a replay has no model of; the text says what."""
+
+
+class SettlingRouter(Router):
+    """The server's router, which has workers report what is over before it decides anything."""
+
+    def __init__(
+        self, core: RoutingCore, limits: QueueLimits, metrics: Metrics, policy_name: str, clock: Callable[[], float]
+    ) -> None:
+        super().__init__(core, limits, metrics, policy_name, clock)
+        self._settle: Callable[[Role], None] = lambda role: None
+
+    def settle_by(self, settle: Callable[[Role], None]) -> None:
+        """Call this before a decision about workers of that role."""
+        self._settle = settle
+
+    def plan(self, role: Role) -> None:
+        if self.num_held:
+            self._settle(role)
+        super().plan(role)
+
+
+_NO_MOVES = "the mode moves KV between workers, and the simulated engines of a replay have no model of that"
+
+
+@dataclass(slots=True, eq=False)
+class _Run:
+    worker: VirtualWorker
+    sink: OutputSink
+    ended: asyncio.Future[Finish]
+
+
+class ReplayCluster:
+    """Implements `Cluster` for modes."""
+
+    def __init__(
+        self,
+        router: SettlingRouter,
+        clock: ReportClock,
+        output_tokens: Mapping[RequestId, int],
+        event_lag_s: float = 0.0,
+    ) -> None:
+        """`output_tokens`: what requests really generate, which the router must not know. `event_lag_s`: the router
+        hears of KV events so much later than of everything else."""
+        self._router = router
+        self._clock = clock
+        self._output_tokens = output_tokens
+        self._event_lag_s = event_lag_s
+        self._workers: dict[WorkerId, VirtualWorker] = {}
+        self._numbers: dict[WorkerId, int] = {}
+        self._runs: dict[RequestId, _Run] = {}
+        self._measured: dict[RequestId, MeasuredRequest] = {}
+        self._next_event: dict[WorkerId, int] = {}
+        router.settle_by(self._settle)
+
+    def add(self, worker: VirtualWorker) -> None:
+        """A worker that reports to `report` and that the router knows already."""
+        self._numbers[worker.worker_id] = len(self._workers)
+        self._workers[worker.worker_id] = worker
+        self._next_event[worker.worker_id] = 0
+
+    def measure(self, request_id: RequestId, measured: MeasuredRequest) -> None:
+        """Tell it where the request is placed first."""
+        self._measured[request_id] = measured
+
+    # -------------------------------------------------------------- Cluster
+
+    async def place(self, request: Request, role: Role, moves_kv: bool = False) -> ServerBooking:
+        if moves_kv:
+            raise NotReplayable(_NO_MOVES)
+        placement = await self._router.place(request, role)
+        measured = self._measured.pop(request.id, None)
+        if measured is not None:
+            measured.placed(self._numbers[placement.worker_id], placement.booking.held_s)
+        return placement
+
+    async def run(
+        self, placement: Placement, request: Request, sink: OutputSink, hand_over: HandOver | None = None
+    ) -> Finish:
+        worker = self._workers[placement.worker_id]
+        real = min(self._output_tokens[request.id], request.sampling.max_tokens)
+        ended: asyncio.Future[Finish] = asyncio.get_running_loop().create_future()
+        self._runs[request.id] = _Run(worker, sink, ended)
+        try:
+            try:
+                worker.submit(replace(request, sampling=replace(request.sampling, max_tokens=real)))
+            except RequestRefused as refusal:
+                del self._runs[request.id]
+                return Finish(FinishReason.ERROR, error=str(refusal))
+            return await ended
+        finally:
+            if self._runs.pop(request.id, None) is not None:
+                worker.cancel(request.id)
+
+    def stop(self, request_id: RequestId) -> None:
+        run = self._runs.pop(request_id, None)
+        if run is not None:
+            run.worker.cancel(request_id)
+            if not run.ended.done():
+                run.ended.set_result(Finish(FinishReason.STOP))
+
+    def hand_over(self, request: Request) -> HandOver:
+        raise NotReplayable(_NO_MOVES)
+
+    def predict(self, request: Request, role: Role) -> Prediction | None:
+        raise NotReplayable(_NO_MOVES)
+
+    def transfer_ms(self, num_tokens: int) -> float:
+        raise NotReplayable(_NO_MOVES)
+
+    def count(self, event: str) -> None:
+        """Nobody reads it."""
+
+    # -------------------------------------------------------------- what workers report
+
+    def report(self, worker_id: WorkerId, step: StepOutputs, ended_s: float) -> None:
+        """In the order in which the server hears of a step."""
+        with self._clock.at(ended_s):
+            if step.events:
+                self._tell_events(worker_id, step.events, ended_s)
+            for output in step.outputs:
+                if output.cached_tokens is not None:
+                    self._router.prompt_done(worker_id, output.request_id, output.cached_tokens)
+                    run = self._runs.get(output.request_id)
+                    if run is not None:
+                        run.sink.cached(output.cached_tokens)
+            tokens, rows = self._push(step)
+            self._router.pass_ended(worker_id, step.stats, step.load, tokens, rows)
+
+    def _push(self, step: StepOutputs) -> tuple[int, int]:
+        """Tokens and ends to whom they belong; returns (tokens, requests that got some)."""
+        tokens = rows = 0
+        for output in step.outputs:
+            run = self._runs.get(output.request_id)
+            if output.token_ids:
+                rows += 1
+                tokens += len(output.token_ids)
+                if run is not None:
+                    run.sink.push(output.token_ids, output.logprobs)
+            if run is not None and output.finish_reason is not None:
+                del self._runs[output.request_id]
+                if not run.ended.done():
+                    run.ended.set_result(
+                        Finish(output.finish_reason, output.stop_token_id, output.error, output.kv_handle)
+                    )
+        return tokens, rows
+
+    def _tell_events(self, worker_id: WorkerId, events: Sequence[KVEvent], ended_s: float) -> None:
+        first, changes = self._next_event[worker_id], tuple(map(_change_of, events))
+        self._next_event[worker_id] = first + len(changes)
+        if not self._event_lag_s:
+            self._router.events(worker_id, first, changes)
+            return
+        loop = asyncio.get_running_loop()
+        loop.call_at(ended_s + self._event_lag_s, self._router.events, worker_id, first, changes)
+
+    def _settle(self, role: Role) -> None:
+        for worker in self._of_role(role):
+            worker.settle()
+
+    def _of_role(self, role: Role) -> Iterable[VirtualWorker]:
+        return (worker for worker in self._workers.values() if worker.role is role)
+
+
+def _change_of(event: KVEvent) -> Change:
+    match event:
+        case KVStored():
+            return "stored", [block.hash for block in event.blocks]
+        case KVRemoved():
+            return "removed", event.hashes
+        case KVCleared():
+            return "cleared", ()
+        case _:
+            assert_never(event)

@@ -77,6 +77,8 @@ class WorkerView:
     booked_tokens: int = 0  # prompt + max_tokens of those
     context_tokens: int = 0  # prompt + generated so far of those
     decoding: int = 0  # of those: have their first token
+    decode_ms: float = 0.0  # of a pass that decodes for all of those
+    decode_slope_ms: float = 0.0  # how much longer it takes for each share of the worker's KV that is read beside
 
     pass_ends_s: float = LONG_AGO_S  # when the pass under way ends, as estimated; in the past: it is idle, or late
     is_prefilling: bool = False  # the pass under way works on prompts
@@ -84,6 +86,7 @@ class WorkerView:
     queued_prompts: int = 0  # of those: prompts that the last, partly filled pass will work on
 
     unused_blocks: int = 0  # KV blocks that hold nothing
+    free_blocks: int = 0  # KV blocks unused or evictable, less those that prompts sent there are about to take
     eviction_loss: float = 0.0  # chance, 0 to 1, that the block evicted next would have been used again
 
     @property
@@ -107,6 +110,7 @@ class HeldRequest:
     role: Role
     held_since_s: float
     find_overlaps: Callable[[Sequence[BlockHash]], Mapping[int, int]] = _no_overlaps
+    moves_kv: bool = False  # its prompt's KV comes from another worker: blocks that are lacking need not be computed
 
     def overlaps(self) -> Mapping[int, int]:
         """By slot, for workers that have any: how many leading blocks of the prompt are stored there, or will be for

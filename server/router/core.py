@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
 
-from trtserve.plugins.api import EngineInfo, PassStats, Request, RequestId, Role, WorkerId, WorkerLoad
+from trtserve.plugins.api import EngineInfo, PassStats, Prediction, Request, RequestId, Role, WorkerId, WorkerLoad
 from trtserve.plugins.routing_api import (
     Assignment,
     HeldRequest,
@@ -113,6 +113,7 @@ class RoutingCore:
         self.index = PrefixIndex()
         self.traffic = traffic or Traffic()
         self.workers: dict[WorkerId, Worker] = {}
+        self._infos: dict[EngineInfo, EngineInfo] = {}
         self._pinned_times = pinned_times
         self._recorder = recorder
         self._resync = resync
@@ -127,9 +128,11 @@ class RoutingCore:
     def add_worker(self, worker_id: WorkerId, role: Role, info: EngineInfo) -> None:
         """A worker is ready, with nothing booked and nothing stored; a former one of that id is removed."""
         self.remove_worker(worker_id)
+        info = self._infos.setdefault(info, info)  # equal ones are one object, so policies see at a glance what is alike
         slot = self.index.add_worker(info.num_blocks)
         model = self.pass_times(role)
-        view = WorkerView(worker_id, role, info, slot, model.times, unused_blocks=info.num_blocks)
+        blocks = info.num_blocks
+        view = WorkerView(worker_id, role, info, slot, model.times, unused_blocks=blocks, free_blocks=blocks)
         feed = routed = None
         if info.publishes_kv_events:
             feed = EventFeed(self.index, slot, lambda: self._resync(worker_id))
@@ -172,9 +175,9 @@ class RoutingCore:
     def num_held(self) -> int:
         return len(self._held)
 
-    def hold(self, request: Request, role: Role, now_s: float) -> None:
-        """Put a request at the end of the queue."""
-        self._held[request.id] = HeldRequest(request, role, now_s, self.index.overlaps)
+    def hold(self, request: Request, role: Role, now_s: float, moves_kv: bool = False) -> None:
+        """Put a request at the end of the queue. moves_kv: the KV of its prompt comes from another worker."""
+        self._held[request.id] = HeldRequest(request, role, now_s, self.index.overlaps, moves_kv)
         self.held_tokens += len(request.prompt)
 
     def let_go(self, request_id: RequestId) -> None:
@@ -182,6 +185,20 @@ class RoutingCore:
         held = self._held.pop(request_id, None)
         if held is not None:
             self.held_tokens -= len(held.request.prompt)
+
+    def predict(self, request: Request, role: Role, now_s: float) -> Prediction | None:
+        """What the worker of a role that could compute this prompt first would need for it; None if there is none."""
+        overlaps = self.index.overlaps(request.block_hashes) if request.block_hashes else {}
+        best: Prediction | None = None
+        for worker in self.of_role(role):
+            worker.tracked.observe(now_s)
+            view = worker.view
+            size = view.info.block_size
+            cached = min(overlaps.get(view.slot, 0), (len(request.prompt) - 1) // size) * size
+            wait_ms, compute_ms = worker.tracked.expected_ms(len(request.prompt) - cached, now_s)
+            if best is None or wait_ms + compute_ms < best.wait_ms + best.compute_ms:
+                best = Prediction(wait_ms, compute_ms, len(request.prompt) - cached, view.decoding)
+        return best
 
     def again_at_s(self, role: Role) -> float | None:
         """When to plan again if nothing happens before; None: only when something happens, or nobody is held."""
@@ -213,9 +230,11 @@ class RoutingCore:
         worker = self.workers.get(worker_id)
         if worker is not None and worker.feed is not None:
             worker.feed.apply(first_event, changes, now_s)
-            for kind, hashes in changes:
-                if kind == "removed":
-                    worker.eviction.removed(hashes, now_s)
+            removed = [hashes for kind, hashes in changes if kind == "removed"]
+            for hashes in removed:
+                worker.eviction.removed(hashes, now_s)
+            if removed:
+                worker.view.eviction_loss = worker.eviction.loss(self.traffic.estimates.block_life_s)
 
     def snapshot(self, worker_id: WorkerId, next_event: int, hashes: Sequence[int]) -> IndexCheck | None:
         """A worker's whole set of blocks, as `resync` asked for, after the events below `next_event`. Returns how the
@@ -287,10 +306,12 @@ class RoutingCore:
     def _ask(self, held: Sequence[HeldRequest], workers: Iterable[Worker], now_s: float) -> Plan:
         views = []
         estimates = self.traffic.estimates
+        times = self.pass_times(held[0].role).times
         for worker in workers:
             worker.tracked.observe(now_s)
-            worker.view.eviction_loss = worker.eviction.loss(estimates.block_life_s)
-            views.append(worker.view)
+            view = worker.tracked.view
+            view.pass_times = times
+            views.append(view)
         state = RoutingState(now_s, views, estimates)
         plan = self.policy.assign(held, state)
         if self._recorder is not None and plan.assignments:
@@ -304,7 +325,8 @@ class RoutingCore:
         hashes, size = request.block_hashes, view.info.block_size
         overlap = held.overlaps().get(view.slot, 0) if hashes else 0
         # An engine computes at least the last token of a prompt.
-        cached = min(overlap, (len(request.prompt) - 1) // size) * size
+        computable = (len(request.prompt) - 1) // size
+        cached = (computable if held.moves_kv else min(overlap, computable)) * size
         booked = Booked(request, overlap, now_s, len(request.prompt) - cached)
         self.let_go(request.id)
         worker.tracked.send(booked)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from trtserve.plugins.api import EngineInfo, PassStats, Request, RequestId, Role, WorkerId, WorkerLoad
+from trtserve.plugins.api import EngineInfo, PassStats, Prediction, Request, RequestId, Role, WorkerId, WorkerLoad
 from trtserve.server.errors import Overloaded
 from trtserve.server.metrics import Metrics
 from trtserve.server.router.core import Booking, IndexCheck, RoutingCore
@@ -111,14 +111,18 @@ class Router:
         """The state in detail, JSON-able."""
         return describe(self.core, self._policy_name, self._clock())
 
-    async def place(self, request: Request, role: Role) -> ServerBooking:
+    def predict(self, request: Request, role: Role) -> Prediction | None:
+        """As Cluster.predict."""
+        return self.core.predict(request, role, self._clock())
+
+    async def place(self, request: Request, role: Role, moves_kv: bool = False) -> ServerBooking:
         """As Cluster.place. Suspends only while the request is held."""
         core = self.core
         if not core.has_role(role):
             self._metrics.rejections.labels("no_worker").inc()
             raise Overloaded(f"no {role} worker is ready", code="no_worker", retry_after_s=_NO_WORKER_RETRY_S)
         placed: asyncio.Future[ServerBooking] = asyncio.get_running_loop().create_future()
-        core.hold(request, role, self._clock())
+        core.hold(request, role, self._clock(), moves_kv)
         self._waiting[request.id] = placed
         try:
             self.plan(role)

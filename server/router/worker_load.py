@@ -42,12 +42,14 @@ class TrackedLoad:
     def __init__(self, view: WorkerView, pass_times: PassTimeModel) -> None:
         self.view = view
         self.pass_times = pass_times
+        self._kv_tokens = view.kv_tokens
         self._prompts: deque[Booked] = deque()  # sent, first token not seen
         self._progress = 0.0  # tokens that a sequence decoding since the beginning would have got
         self._starts_s: float | None = None  # idle until now, and something was sent: the next pass begins then
         self._done_in_pass = 0  # prompt tokens of the prompts that this pass completed
         self._covered = 0  # prompt tokens that the pass under way computes, as estimated
         self._began_s = LONG_AGO_S
+        self._set_decode_times()
 
     # -------------------------------------------------------------- bookings
 
@@ -56,9 +58,11 @@ class TrackedLoad:
         view.booked_requests += 1
         view.booked_tokens += len(request.prompt) + request.sampling.max_tokens
         view.context_tokens += len(request.prompt)
+        view.free_blocks -= self._new_blocks(booked)
         self._prompts.append(booked)
         if self._starts_s is None and not self._is_running(booked.sent_s):
             self._starts_s = view.pass_ends_s = booked.sent_s
+        self._set_decode_times()
         self._count_queue()
 
     def prompt_done(self, booked: Booked, cached_tokens: int) -> None:
@@ -81,11 +85,12 @@ class TrackedLoad:
             view.decoding -= 1
         else:
             self._prompts.remove(booked)
-            self._count_queue()
         if not view.booked_requests:
             view.context_tokens = 0
             self._covered = 0
             self._starts_s = None
+        self._set_decode_times()
+        self._count_queue()
 
     def generated_tokens(self, booked: Booked) -> int:
         """Tokens that a request has got so far; exact unless it was preempted or drafts more luckily than others."""
@@ -97,6 +102,9 @@ class TrackedLoad:
         """A step's report: `rows` sequences got `tokens` tokens."""
         view = self.view
         view.load = load
+        # The report is older than the pass that begins now, which admits what was sent meanwhile.
+        taken = sum(self._new_blocks(booked) for booked in self._prompts if not booked.computed_tokens)
+        view.free_blocks = load.free_blocks - taken
         if rows:
             self._progress += tokens / rows
             view.context_tokens += tokens
@@ -113,10 +121,29 @@ class TrackedLoad:
             began_s, self._starts_s = self._starts_s, None
             self._begin_pass(began_s, False)
 
+    def expected_ms(self, new_tokens: int, now_s: float) -> tuple[float, float]:
+        """(until a prompt sent now could begin, its passes) for so many tokens to compute; call `observe` before."""
+        view = self.view
+        budget = view.info.max_num_tokens
+        full_ms = view.pass_times.prefill_ms(budget)
+        decode_ms = view.decode_ms if view.decoding else 0.0
+
+        def passes_ms(tokens: int) -> float:
+            full, rest = divmod(tokens, budget)
+            total = full * (full_ms + decode_ms)
+            return total + view.pass_times.prefill_ms(rest) + decode_ms if rest else total
+
+        wait_ms = max(0.0, (view.pass_ends_s - now_s) * 1000)
+        return wait_ms + passes_ms(view.queued_tokens), passes_ms(new_tokens)
+
     def _is_running(self, now_s: float) -> bool:
         """Whether a pass is under way, as far as is known; one that is late counts."""
         view = self.view
         return view.decoding > 0 or self._covered > 0 or view.pass_ends_s > now_s
+
+    def _new_blocks(self, booked: Booked) -> int:
+        """KV blocks that its prompt takes beside those that were there."""
+        return -(-len(booked.request.prompt) // self.view.info.block_size) - booked.overlap_blocks
 
     def _advance(self, stats: PassStats) -> None:
         """What the pass computed and completed no prompt went to the prompts in order."""
@@ -132,6 +159,7 @@ class TrackedLoad:
         """Estimate the pass that begins now."""
         view = self.view
         view.pass_times = self.pass_times.times
+        self._set_decode_times()
         room = max(0, view.info.max_num_tokens - view.decoding)
         queued = sum(booked.remaining_tokens for booked in self._prompts)
         self._covered = 0 if is_blocked else min(room, queued)
@@ -140,13 +168,16 @@ class TrackedLoad:
         if not view.is_prefilling and not view.decoding:
             view.pass_ends_s = LONG_AGO_S
         else:
-            view.pass_ends_s = now_s + self._pass_ms() / 1000
+            pass_ms = view.pass_times.prefill_ms(self._covered) + (view.decode_ms if view.decoding else 0.0)
+            view.pass_ends_s = now_s + pass_ms / 1000
         self._count_queue()
 
-    def _pass_ms(self) -> float:
+    def _set_decode_times(self) -> None:
         view = self.view
-        decode_ms = view.pass_times.decode_ms(view.context_tokens / view.kv_tokens) if view.decoding else 0.0
-        return view.pass_times.prefill_ms(self._covered) + decode_ms
+        curve, usage = view.pass_times.decode, view.context_tokens / self._kv_tokens
+        inside = curve.low if usage < curve.low else curve.high if usage > curve.high else usage
+        view.decode_slope_ms = slope = curve.linear + 2 * curve.quadratic * inside
+        view.decode_ms = curve.constant + (slope - curve.quadratic * inside) * inside
 
     def _count_queue(self) -> None:
         """Prompt tokens that the pass under way leaves, and the prompts in the last pass they will need."""

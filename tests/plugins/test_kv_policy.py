@@ -24,12 +24,15 @@ TIMES = PassTimes(Curve(5.0, 0.1, 0.0, 1, BUDGET), Curve(5.0, 20.0, 0.0, 0, 1)) 
 ESTIMATES = Estimates(output_tokens=100.0, reuse_probability=0.5, block_life_s=60.0)
 
 
+INFO = EngineInfo(BLOCK, 2000, 64, BUDGET, 8192, 1000)
+
+
 def worker(slot, **fields):
-    info = EngineInfo(BLOCK, 2000, 64, BUDGET, 8192, 1000)
-    return WorkerView(WorkerId(f"w{slot}"), Role.AGG, info, slot, TIMES, **({"unused_blocks": 2000} | fields))
+    fields = {"unused_blocks": 2000, "free_blocks": 2000} | fields
+    return WorkerView(WorkerId(f"w{slot}"), Role.AGG, INFO, slot, TIMES, **fields)
 
 
-def held(number, tokens, overlaps=None, since_s=10.0):
+def held(number, tokens, overlaps=None, since_s=9.99):
     request = Request(RequestId(number), array("i", [1]) * tokens, SamplingParams(50))
     return HeldRequest(request, Role.AGG, since_s, lambda hashes: overlaps or {})
 
@@ -72,16 +75,23 @@ def test_without_prefixes_the_emptier_worker_wins(policy):
     assert placed(assign(policy, [held(1, 200)], workers)) == {1: "w1"}
 
 
-def test_evicting_what_will_be_used_again_is_avoided(policy):
-    full = worker(0, unused_blocks=0, eviction_loss=0.9)
-    stale = worker(1, unused_blocks=0, eviction_loss=0.05)
-    assert placed(assign(policy, [held(1, 200)], [full, stale])) == {1: "w1"}
+def test_evicting_what_is_stored_is_avoided(policy):
+    full, roomy = worker(0, unused_blocks=0), worker(1, unused_blocks=50)
+    assert placed(assign(policy, [held(1, 200)], [full, roomy])) == {1: "w1"}
 
 
 def test_a_worker_without_kv_space_is_the_last_choice(policy):
-    crowded = worker(0, context_tokens=32_000, booked_requests=8, decoding=8, unused_blocks=0, pass_ends_s=10.01)
-    busy = worker(1, context_tokens=16_000, booked_requests=8, decoding=8, pass_ends_s=10.02)
-    assert placed(assign(policy, [held(1, 1000)], [crowded, busy])) == {1: "w1"}
+    busy = {"booked_requests": 8, "decoding": 8, "decode_ms": 8.0, "decode_slope_ms": 10.0, "unused_blocks": 0}
+    crowded = worker(0, **busy, free_blocks=0, pass_ends_s=10.01)
+    later = worker(1, **busy, free_blocks=100, pass_ends_s=10.02)
+    assert placed(assign(policy, [held(1, 1000)], [crowded, later])) == {1: "w1"}
+
+
+def test_what_finds_no_kv_space_anywhere_is_held_where_it_can_still_go_elsewhere():
+    busy = {"booked_requests": 8, "decoding": 8, "decode_ms": 8.0, "unused_blocks": 0, "pass_ends_s": 10.005}
+    full = [worker(slot, **busy, free_blocks=10 + slot) for slot in range(2)]
+    assert placed(assign(late(), [held(1, 1000)], full)) == {}
+    assert placed(assign(late(), [held(1, 170)], full)) == {1: "w1"}
 
 
 def test_one_is_held_until_the_best_worker_can_begin():
@@ -105,6 +115,13 @@ def test_waiting_moves_a_request_forward():
     """Nobody starves: after a second the long prompt goes first, and the short one that has just come joins it."""
     plan = assign(late(), [held(1, 1000, since_s=9.0), held(2, 20)], [worker(0)])
     assert [int(assignment.request_id) for assignment in plan.assignments] == [1, 2]
+
+
+def test_a_long_prompt_waits_a_little_for_others_of_its_moment():
+    plan = assign(late(), [held(1, 1000, since_s=10.0)], [worker(0)])
+    assert placed(plan) == {} and plan.again_at_s == pytest.approx(10.00315)  # 3 % of 105 ms
+    assert placed(assign(late(), [held(1, 1000, since_s=10.0)], [worker(0)], now_s=10.0032)) == {1: "w0"}
+    assert placed(assign(late(), [held(1, 100, since_s=10.0)], [worker(0)])) == {1: "w0"}
 
 
 def test_nothing_is_planned_while_nobody_can_begin():
@@ -137,7 +154,9 @@ def situations(draw):
                 queued_tokens=(queued := draw(st.integers(0, 3000))),
                 queued_prompts=draw(st.integers(1, 5)) if queued else 0,
                 unused_blocks=draw(st.integers(0, 2000)),
-                eviction_loss=draw(st.floats(0, 1)),
+                free_blocks=draw(st.integers(-100, 2000)),
+                decode_ms=draw(st.floats(0, 100)),
+                decode_slope_ms=draw(st.floats(0, 100)),
             )
         )
     sizes = draw(st.lists(st.integers(1, 6000), max_size=40))

@@ -1,21 +1,42 @@
-"""Who goes where now, by the cost of `cost.py`: at arrival, or held back until the worker can begin."""
+"""Who goes where now, by the cost of `cost.py`: at arrival, or held back until the worker can begin.
+
+`kv` plans all held requests at once, the one that will be served last first: whoever is planned later pays for the time
+by which it puts the others off, so short prompts find a worker where nobody long waits behind them. Each worker then
+serves its own, the shortest first, and only those that its very next pass can take well are sent; the rest stay in the
+queue and are planned anew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
-from trtserve.plugins.policies.kv.cost import PassCosts, PlannedWorker, cost_ms
+from trtserve.plugins.policies.kv.cost import PassCosts, PlannedPrompt, PlannedWorker, Weights
 from trtserve.plugins.policies.kv.options import KVOptions
 from trtserve.plugins.routing_api import Assignment, HeldRequest, Plan, RoutingState
 
 _SOON_S = 1e-3
 """Ask again after this where no pass is known whose end could be waited for."""
 
+_LEAST_PATIENCE_MS = 1.0
+"""A shorter wait for others of the same moment costs more than it brings."""
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A held request in one decision."""
+
+    waiting: HeldRequest
+    overlaps: Mapping[int, int]
+    least: PlannedPrompt  # on the worker that has most of it
+    due_s: float  # until then it waits for others of its moment
+    rank_ms: float  # the least are served first
+    prompt: PlannedPrompt  # on the worker that it is planned on
+    cost_ms: float = 0.0
+
 
 class KVPolicy:
-    """`holds`: a request is sent only into the very next pass of its worker, when that is about to begin, so a short
-    prompt shares no pass with a long one that came before it, and a request goes to whoever is free first. Until then
-    it stays in the queue and is planned anew. Without it every request is sent at once."""
+    """`holds`: as described above. Without it every request is sent at once, each to its cheapest worker."""
 
     uses_prefixes = True
 
@@ -25,72 +46,130 @@ class KVPolicy:
 
     def assign(self, held: Sequence[HeldRequest], state: RoutingState) -> Plan:
         workers = self._workers(state)
-        assignments: list[Assignment] = []
-        if not self._holds or any(worker.is_open for worker in workers):
-            for waiting, overlaps in self._in_order(held[: self._options.window], workers, state.now_s):
-                self._place(waiting, overlaps, workers, state, assignments)
-        left = len(held) - len(assignments)
-        return Plan(assignments, self._again_at_s(workers, state.now_s) if left and self._holds else None)
+        if not self._holds:
+            return Plan(self._at_once(held, workers, state))
+        if not any(worker.is_open for worker in workers):
+            return Plan((), self._again_at_s(workers, state.now_s, ()))
+        plans: list[list[_Candidate]] = [[] for _ in workers]
+        for candidate in reversed(self._in_order(held, workers[0].passes, state)):
+            place = self._cheapest(candidate, workers, state.estimates.output_tokens)
+            plans[place].append(candidate)
+            workers[place].add(candidate.prompt)
+        sent: list[Assignment] = []
+        due_s = []
+        for worker, plan in zip(workers, plans, strict=True):
+            if plan and worker.is_open:
+                due_s.append(self._send(worker, plan[::-1], state.now_s, sent))
+        if len(sent) == len(held):
+            return Plan(sent)
+        return Plan(sent, self._again_at_s(workers, state.now_s, [one for one in due_s if one is not None]))
 
     def _workers(self, state: RoutingState) -> list[PlannedWorker]:
+        weights = Weights.of(self._options, state.estimates)
         known: dict[tuple[int, int], PassCosts] = {}
         workers = []
         for view in state.workers:
-            key = id(view.pass_times), view.info.max_num_tokens
+            key = id(view.pass_times), id(view.info)
             passes = known.get(key)
             if passes is None:
-                passes = known[key] = PassCosts(view.pass_times, view.info.max_num_tokens)
-            workers.append(PlannedWorker(view, passes, state.now_s, state.estimates, self._options))
+                passes = known[key] = PassCosts(view, self._options.reuse_weight * state.estimates.reuse_probability)
+            workers.append(PlannedWorker(view, passes, state.now_s, weights))
         return workers
 
-    def _in_order(
-        self, held: Sequence[HeldRequest], workers: Sequence[PlannedWorker], now_s: float
-    ) -> Iterable[tuple[HeldRequest, Mapping[int, int]]]:
-        """Shortest prefill first, counting the time that it has waited already: nobody starves."""
-        if len(held) == 1:
-            return [(held[0], held[0].overlaps())]
-        first = workers[0]
-        rows = []
-        for place, waiting in enumerate(held):
-            overlaps = waiting.overlaps()
-            length = len(waiting.request.prompt)
-            best = max(overlaps.values(), default=0)
-            least_ms, _ = first.passes.of(length - min(best, (length - 1) // first.block_size) * first.block_size)
-            waited_ms = (now_s - waiting.held_since_s) * 1000
-            rows.append((least_ms - self._options.age_weight * waited_ms, place, waiting, overlaps))
-        rows.sort(key=lambda row: row[:2])
-        return [row[2:] for row in rows]
+    # -------------------------------------------------------------- who is planned
 
-    def _place(
-        self,
-        waiting: HeldRequest,
-        overlaps: Mapping[int, int],
-        workers: Sequence[PlannedWorker],
-        state: RoutingState,
-        assignments: list[Assignment],
-    ) -> None:
-        """Plan one request on its cheapest worker, and send it if it is time."""
-        length, output_tokens = len(waiting.request.prompt), state.estimates.output_tokens
-        others, holds = self._options.others_weight, self._holds
-        best, best_ms, best_joins, best_new = None, float("inf"), False, 0
-        for worker in workers:
-            if worker.free_slots <= 0:
-                continue
-            size = worker.block_size
-            overlap = overlaps.get(worker.view.slot, 0)
-            new = length - min(overlap, (length - 1) // size) * size if overlap else length
-            total_ms, joins = cost_ms(worker, length, new, output_tokens, others, holds)
+    def _in_order(self, held: Sequence[HeldRequest], passes: PassCosts, state: RoutingState) -> list[_Candidate]:
+        """Those to plan now, in the order of being served: shortest prefill first, counting the time that it has waited
+        already, so that nobody starves. `passes`: any worker's; all are taken to be equally fast here."""
+        if len(held) > self._options.window:
+            # As if nothing were cached anywhere, which costs no look into the index.
+            ranked = sorted(
+                held, key=lambda one: self._rank_ms(one, passes.of(len(one.request.prompt))[0], state.now_s)
+            )
+            held = ranked[: self._options.window]
+        candidates = [self._candidate(waiting, passes, state) for waiting in held]
+        if len(candidates) > 1:
+            candidates.sort(key=lambda candidate: (candidate.rank_ms, candidate.waiting.request.id))
+        return candidates
+
+    def _candidate(self, waiting: HeldRequest, passes: PassCosts, state: RoutingState) -> _Candidate:
+        overlaps, length, options = waiting.overlaps(), len(waiting.request.prompt), self._options
+        least = passes.prompt(length, max(overlaps.values(), default=0), state.estimates.output_tokens)
+        patience_ms = min(options.gather_ms, options.gather_share * least.prefill_ms)
+        due_s = waiting.held_since_s + (patience_ms / 1000 if patience_ms >= _LEAST_PATIENCE_MS else 0.0)
+        return _Candidate(waiting, overlaps, least, due_s, self._rank_ms(waiting, least.prefill_ms, state.now_s), least)
+
+    def _rank_ms(self, waiting: HeldRequest, prefill_ms: float, now_s: float) -> float:
+        return prefill_ms - self._options.age_weight * (now_s - waiting.held_since_s) * 1000
+
+    # -------------------------------------------------------------- where
+
+    def _cheapest(self, candidate: _Candidate, workers: Sequence[PlannedWorker], output_tokens: float) -> int:
+        """The place of its worker; notes what it is and costs there."""
+        overlaps, others = candidate.overlaps, self._options.others_weight
+        length = candidate.least.length
+        nowhere: PlannedPrompt | None = None  # as it is where nothing of it is cached, on workers like the last one
+        known: PassCosts | None = None
+        best, best_ms = 0, float("inf")
+        for place, worker in enumerate(workers):
+            passes = worker.passes
+            if passes is not known:
+                known, nowhere = passes, passes.prompt(length, 0, output_tokens)
+            assert nowhere is not None
+            overlap = overlaps.get(worker.view.slot) if overlaps else None
+            prompt = passes.prompt(length, overlap, output_tokens) if overlap else nowhere
+            total_ms = worker.cost_ms(prompt, others)
             if total_ms < best_ms:
-                best, best_ms, best_joins, best_new = worker, total_ms, joins, new
-        if best is None:
-            return
-        if not holds or (best_joins and best.is_open):
-            assignments.append(Assignment(waiting.request.id, best.view.worker_id, best_ms))
-            best.free_slots -= 1
-        best.add(best_new, best_joins)
+                best, best_ms, candidate.prompt = place, total_ms, prompt
+        candidate.cost_ms = best_ms
+        return best
 
-    def _again_at_s(self, workers: Sequence[PlannedWorker], now_s: float) -> float:
-        """When the next pass with prompts is about to end; the router also asks when it has ended."""
+    # -------------------------------------------------------------- when
+
+    def _send(
+        self, worker: PlannedWorker, plan: Sequence[_Candidate], now_s: float, sent: list[Assignment]
+    ) -> float | None:
+        """Send what the worker's next pass is to take, in order, until one had better come later. Returns when to look
+        again at one that waits for others of its moment."""
+        view = worker.view
+        tokens, prompts, free_blocks, free_slots = worker.tokens, worker.prompts, view.free_blocks, worker.free_slots
+        for place, candidate in enumerate(plan):
+            prompt = candidate.prompt
+            if tokens and not self._joins(worker, tokens, prompts, prompt.new, len(plan) - place - 1):
+                return None
+            if prompt.needed_blocks > free_blocks and view.booked_requests + place:
+                return None  # it would wait there for KV space, and could not go elsewhere any more
+            if now_s < candidate.due_s:
+                return candidate.due_s
+            sent.append(Assignment(candidate.waiting.request.id, view.worker_id, candidate.cost_ms))
+            tokens += prompt.new
+            prompts += 1
+            free_blocks -= prompt.needed_blocks
+            free_slots -= 1
+            if tokens >= worker.passes.budget or free_slots <= 0:
+                return None
+        return None
+
+    def _joins(self, worker: PlannedWorker, tokens: int, prompts: int, new: int, behind: int) -> bool:
+        """Whether a prompt had better join a pass with so many tokens of so many prompts than come in a pass of its own
+        after it; `behind`: others that wait for both."""
+        passes, decode_ms, together = worker.passes, worker.decode_ms, tokens + new
+        others = 2 * self._options.others_weight * prompts
+        one_ms = passes.prefill_ms(tokens)
+        if together <= passes.budget:
+            grown_ms = passes.prefill_ms(together) - one_ms
+            saved_ms = passes.prefill_ms(new) + decode_ms - grown_ms
+            return others * grown_ms <= (1 + behind + worker.worth(worker.decoding)) * saved_ms
+        stalled = worker.worth(worker.decoding)
+        join_ms = (1 + stalled) * passes.with_decodes_ms(together, decode_ms) + others * (passes.full_ms - one_ms)
+        alone_ms = passes.with_decodes_ms(new, decode_ms)
+        apart_ms = (1 + stalled) * (one_ms + decode_ms)
+        apart_ms += (1 + worker.worth(worker.decoding + prompts)) * alone_ms
+        return join_ms <= apart_ms
+
+    def _again_at_s(self, workers: Sequence[PlannedWorker], now_s: float, due_s: Sequence[float]) -> float:
+        """When the next pass with prompts is about to end, or a request has waited for others of its moment. The router
+        also asks when a pass has ended."""
         lead_s = self._options.lead_ms / 1000
         ends = [
             worker.view.pass_ends_s
@@ -98,4 +177,20 @@ class KVPolicy:
             if worker.view.pass_ends_s > now_s and (worker.view.is_prefilling or worker.view.queued_tokens)
         ]
         early = [end_s - lead_s for end_s in ends if end_s - lead_s > now_s]
-        return min(early or ends or [now_s + _SOON_S])
+        return min([*(early or ends), *due_s], default=now_s + _SOON_S)
+
+    # -------------------------------------------------------------- at arrival
+
+    def _at_once(
+        self, held: Sequence[HeldRequest], workers: Sequence[PlannedWorker], state: RoutingState
+    ) -> list[Assignment]:
+        sent = []
+        for waiting in held:
+            open_workers = [worker for worker in workers if worker.free_slots > 0]
+            if not open_workers:
+                break
+            candidate = self._candidate(waiting, open_workers[0].passes, state)
+            worker = open_workers[self._cheapest(candidate, open_workers, state.estimates.output_tokens)]
+            sent.append(Assignment(waiting.request.id, worker.view.worker_id, candidate.cost_ms))
+            worker.send(candidate.prompt)
+        return sent

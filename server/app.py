@@ -18,7 +18,6 @@ from importlib.metadata import version
 from pathlib import Path
 
 from trtserve.plugins.manager import PluginManager
-from trtserve.plugins.routing_api import Curve, PassTimes
 from trtserve.server.api.choice import Flusher
 from trtserve.server.api.parameters import sampling_defaults
 from trtserve.server.api.routes import Application
@@ -36,8 +35,9 @@ from trtserve.server.reports import WorkerReports
 from trtserve.server.requests import LiveRequests
 from trtserve.server.router.core import RoutingCore
 from trtserve.server.router.decision_log import DecisionLog
+from trtserve.server.router.pinned import pinned_times, pinned_traffic
 from trtserve.server.router.router import QueueLimits, Router
-from trtserve.server.router.traffic import Traffic, TrafficOptions
+from trtserve.server.router.traffic import Traffic
 from trtserve.server.text.chat_template import ChatTemplate, load_chat_template
 from trtserve.server.text.special_tokens import special_tokens
 from trtserve.server.text.tokenizer import load_tokenizer
@@ -83,8 +83,8 @@ class Server:
         self._decision_log = _decision_log(settings)
         core = RoutingCore(
             plan.policy,
-            Traffic(_pinned_traffic(settings)),
-            _pinned_times(settings),
+            Traffic(pinned_traffic(settings.pinned_estimates)),
+            pinned_times(settings.pinned_estimates, settings.max_num_tokens),
             recorder=self._decision_log,
             resync=lambda worker_id: self._cluster.resync(worker_id),
         )
@@ -141,6 +141,7 @@ class Server:
                 background = [
                     group.create_task(self._announce(), name="announce"),
                     group.create_task(self._measure_loop_delay(), name="loop-delay"),
+                    group.create_task(self._cluster.extend_leases(), name="leases"),
                 ]
                 if not self._plan.workers:
                     print(f"{self._url()} is up, waiting for workers at {endpoint}", flush=True)
@@ -286,21 +287,6 @@ class Server:
             logger.error("the server failed", exc_info=rest)
             return ExitCode.DEFECT
         return next(code for kind, code in codes.items() if isinstance(leaves[0], kind))
-
-
-def _pinned_traffic(settings: Settings) -> TrafficOptions:
-    pinned = settings.pinned_estimates
-    return TrafficOptions(pinned.output_tokens, pinned.reuse_probability, pinned.block_life)
-
-
-def _pinned_times(settings: Settings) -> PassTimes | None:
-    pinned = settings.pinned_estimates
-    if pinned.prefill_ms is None or pinned.decode_ms is None:
-        return None
-    return PassTimes(
-        Curve(*pinned.prefill_ms, low=1.0, high=float(settings.max_num_tokens)),
-        Curve(*pinned.decode_ms, low=0.0, high=1.0),
-    )
 
 
 def _decision_log(settings: Settings) -> DecisionLog | None:

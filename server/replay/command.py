@@ -1,4 +1,5 @@
-"""`trtserve replay TRACE …`: flags to a replay, its result to a table, JSON and a file."""
+"""`trtserve replay TRACE …` and `trtserve replay --decisions FILE …`: flags to a replay, its result to a table, JSON
+and a file."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TextIO
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from trtserve.plugins.api import EngineConfig, ModeConfig
@@ -18,12 +20,17 @@ from trtserve.plugins.manager import PluginError, PluginManager
 from trtserve.plugins.routing_api import PolicyConfig
 from trtserve.server.exit_codes import ExitCode
 from trtserve.server.replay.cluster import NotReplayable
+from trtserve.server.replay.decisions import Comparison, DecisionLogError, compare
 from trtserve.server.replay.engine import ReplayedEngine
 from trtserve.server.replay.measures import ReplayResult
 from trtserve.server.replay.run import ReplayOptions, replay
 from trtserve.server.replay.trace import BLOCK_SIZE, TraceError, read_trace
 from trtserve.server.replay.virtual_time import Deadlock
 from trtserve.settings.load import SettingsError, normalise
+from trtserve.settings.schema import PinnedEstimates
+
+_MOST_CHANGES = 20
+"""Shown of what another policy would have done."""
 
 
 class _BadFlag(Exception):
@@ -34,18 +41,34 @@ def main(arguments: Sequence[str]) -> int:
     """`arguments`: without ``trtserve replay``. Returns the exit code; exits for --help and for bad flags, as argparse
     does."""
     try:
-        flags = _parser().parse_args(normalise(arguments))
+        parser = _parser()
+        flags = parser.parse_args(normalise(arguments))
+        if (flags.trace is None) == (flags.decisions is None):
+            parser.error("give a TRACE or --decisions FILE")
+        if flags.decisions is not None:
+            return _compare(flags)
         with _opened(flags.assignments) as assignments:
             result = _replayed(flags)
             for worker, dispatch_ms in result.assignments if assignments is not None else ():
                 print(json.dumps([worker, dispatch_ms]), file=assignments)
-    except (TraceError, NotReplayable, PluginError, SettingsError, _BadFlag) as error:
+    except (DecisionLogError, TraceError, NotReplayable, PluginError, SettingsError, _BadFlag) as error:
         print(f"trtserve replay: {error}", file=sys.stderr)
         return ExitCode.USAGE
     except Deadlock as error:
         print(f"trtserve replay: the mode or the routing policy forgot a request: {error}", file=sys.stderr)
         return ExitCode.DEFECT
     print(json.dumps(result.summary()) if flags.json else _table(result))
+    return ExitCode.OK
+
+
+def _compare(flags: argparse.Namespace) -> int:
+    manager = PluginManager()
+    options = manager.check_options("policy", flags.router, _named_values("router", flags.router_options))
+    try:
+        found = compare(flags.decisions, manager.make_policy(flags.router, PolicyConfig(flags.seed, options)))
+    except OSError as error:
+        raise _BadFlag(f"--decisions {flags.decisions}: {error.strerror}") from error
+    print(json.dumps(found.as_dict()) if flags.json else _comparison_table(found, flags.router))
     return ExitCode.OK
 
 
@@ -92,8 +115,22 @@ def _options(flags: argparse.Namespace) -> ReplayOptions:
         trace_block_size=flags.trace_block_size,
         speedup=flags.speedup,
         event_lag_s=flags.event_lag_ms / 1000,
+        pinned=_pinned(flags.pinned_estimates),
         max_tokens=flags.max_tokens,
     )
+
+
+def _pinned(given: Sequence[str]) -> PinnedEstimates:
+    """``output_tokens=300``; the coefficients of a curve are separated by colons: ``decode_ms=5:50:0``."""
+    values: dict[str, Any] = dict(_named_values("pinned-estimates", given))
+    for name in ("prefill_ms", "decode_ms"):
+        if name in values:
+            values[name] = values[name].split(":")
+    try:
+        return PinnedEstimates.model_validate(values)
+    except ValidationError as error:
+        lines = [f"--pinned-estimates {'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        raise _BadFlag("\n".join(lines)) from error
 
 
 def _named_values(kind: str, given: Sequence[str]) -> dict[str, str]:
@@ -116,7 +153,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     whole, positive = _number(int, 1), _number(float, 0, exclusive=True)
     values: dict[str, Any] = {"action": "append", "default": [], "metavar": "NAME=VALUE"}
-    add("trace", type=Path, metavar="TRACE", help="JSON lines in Mooncake's format")
+    add("trace", type=Path, nargs="?", metavar="TRACE", help="JSON lines in Mooncake's format")
+    add("--decisions", type=Path, metavar="FILE", help="put a --decision-log to the policy instead of a trace")
     add("--trace-block-size", type=whole, default=BLOCK_SIZE, metavar="N", help="tokens of one hash id (512)")
     add("--requests", type=whole, metavar="N", help="replay only so many, the first (all)")
     add("--speedup", type=positive, default=1.0, metavar="X", help="of arrivals (1)")
@@ -124,6 +162,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--workers", type=whole, default=1, metavar="N", help="aggregated workers (1)")
     add("--router", default="kv", metavar="POLICY", help="routing policy (kv)")
     add("--router-options", help="the policy's own options", **values)
+    add("--pinned-estimates", help="what the router is told instead of learning it, as in the settings", **values)
     add("--event-lag-ms", type=_number(float, 0), default=0.0, metavar="MS", help="KV events come so much later (0)")
     add("--seed", type=_number(int, 0), default=0, metavar="N", help="of the policy (0)")
     add("--block-size", type=whole, metavar="N", help="tokens in a KV block of a worker (--trace-block-size)")
@@ -173,6 +212,25 @@ def _table(result: ReplayResult) -> str:
             f"decision: {result.decision_us_mean:.0f} µs of real time in the mean",
         ]
     )
+
+
+def _comparison_table(found: Comparison, policy: str) -> str:
+    both = found.requests - found.held
+    lines = [
+        f"{found.decisions} decisions about {found.requests} requests, put to {policy}:",
+        f"  {found.same} to the same worker, {found.elsewhere} to another one, {found.held} held for later",
+        f"  leading blocks there: {found.recorded_overlap_blocks} as recorded, "
+        f"{found.instead_overlap_blocks} by {policy} (over the {both} requests that both send)",
+    ]
+    for change in found.changes[:_MOST_CHANGES]:
+        instead = change.instead or "held"
+        lines.append(
+            f"  request {change.request_id}, {change.prompt_tokens} tokens: {change.recorded} "
+            f"({change.overlap_blocks} blocks there) -> {instead} ({change.instead_overlap_blocks})"
+        )
+    if len(found.changes) > _MOST_CHANGES:
+        lines.append(f"  and {len(found.changes) - _MOST_CHANGES} more")
+    return "\n".join(lines)
 
 
 def _or_dash(value: float | None) -> str:

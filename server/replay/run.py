@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trtserve.plugins.api import FinishReason, Mode, Request, RequestId, SamplingParams, WorkerId
 from trtserve.plugins.blocks import block_hashes
@@ -17,7 +17,10 @@ from trtserve.server.replay.trace import BLOCK_SIZE, TraceError, TraceRequest
 from trtserve.server.replay.virtual_time import LONGEST_S, ReportClock, VirtualTimeLoop
 from trtserve.server.replay.worker import VirtualWorker
 from trtserve.server.router.core import RoutingCore
+from trtserve.server.router.pinned import pinned_times, pinned_traffic
 from trtserve.server.router.router import QueueLimits
+from trtserve.server.router.traffic import Traffic
+from trtserve.settings.schema import PinnedEstimates
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class ReplayOptions:
     trace_block_size: int = BLOCK_SIZE
     speedup: float = 1.0  # of arrivals
     event_lag_s: float = 0.0
+    pinned: PinnedEstimates = field(default_factory=PinnedEstimates)  # what the router is told instead of learning it
     max_tokens: int = 8192  # what every request asks for, and all that the router is told of its length
 
 
@@ -121,7 +125,12 @@ class _Replay:
     def _make_cluster(self) -> ReplayCluster:
         options, engine = self._options, self._options.engine
         limits = QueueLimits(len(self._trace), sum(entry.input_tokens for entry in self._trace))
-        core = RoutingCore(options.policy, resync=_never_resync)
+        core = RoutingCore(
+            options.policy,
+            Traffic(pinned_traffic(options.pinned)),
+            pinned_times(options.pinned, engine.limits.max_num_tokens),
+            resync=_never_resync,
+        )
         router = SettlingRouter(core, limits, self._metrics, "", self._clock)
         lengths = {RequestId(entry.number): entry.output_tokens for entry in self._trace}
         cluster = ReplayCluster(router, self._clock, lengths, options.event_lag_s)

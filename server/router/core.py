@@ -128,7 +128,7 @@ class RoutingCore:
     def add_worker(self, worker_id: WorkerId, role: Role, info: EngineInfo) -> None:
         """A worker is ready, with nothing booked and nothing stored; a former one of that id is removed."""
         self.remove_worker(worker_id)
-        info = self._infos.setdefault(info, info)  # equal ones are one object, so policies see at a glance what is alike
+        info = self._infos.setdefault(info, info)  # equal ones are one object: policies see at a glance what is alike
         slot = self.index.add_worker(info.num_blocks)
         model = self.pass_times(role)
         blocks = info.num_blocks

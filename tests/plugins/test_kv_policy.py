@@ -118,10 +118,22 @@ def test_waiting_moves_a_request_forward():
 
 
 def test_a_long_prompt_waits_a_little_for_others_of_its_moment():
-    plan = assign(late(), [held(1, 1000, since_s=10.0)], [worker(0)])
+    policy = late()
+    assert placed(assign(policy, [held(1, 1000, since_s=9.0)], [worker(0)], now_s=9.0)) == {1: "w0"}  # none ever came
+    for number in range(2, 10):
+        assign(policy, [held(number, 10, since_s=9.9 + number / 1000)], [worker(0)], now_s=9.9 + number / 1000)
+    plan = assign(policy, [held(20, 1000, since_s=10.0)], [worker(0)])
     assert placed(plan) == {} and plan.again_at_s == pytest.approx(10.00315)  # 3 % of 105 ms
-    assert placed(assign(late(), [held(1, 1000, since_s=10.0)], [worker(0)], now_s=10.0032)) == {1: "w0"}
-    assert placed(assign(late(), [held(1, 100, since_s=10.0)], [worker(0)])) == {1: "w0"}
+    assert placed(assign(policy, [held(20, 1000, since_s=10.0)], [worker(0)], now_s=10.0032)) == {20: "w0"}
+    assert placed(assign(policy, [held(21, 100, since_s=10.004)], [worker(0)], now_s=10.004)) == {21: "w0"}
+
+
+def test_the_first_in_order_is_not_passed_by_for_ever_where_kv_space_is_short():
+    busy = {"booked_requests": 8, "decoding": 8, "decode_ms": 8.0, "pass_ends_s": 10.005, "unused_blocks": 0}
+    policy, big = late(), held(1, 1600, since_s=1.0)
+    assert placed(assign(policy, [big], [worker(0, **busy, free_blocks=50)])) == {}
+    assert placed(assign(policy, [big, held(2, 16)], [worker(0, **busy, free_blocks=90)])) == {}
+    assert placed(assign(policy, [big, held(2, 16)], [worker(0, **busy, free_blocks=120)])) == {1: "w0"}
 
 
 def test_nothing_is_planned_while_nobody_can_begin():

@@ -8,15 +8,26 @@ queue and are planned anew.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from trtserve.plugins.api import RequestId, WorkerId
 from trtserve.plugins.policies.kv.cost import PassCosts, PlannedPrompt, PlannedWorker, Weights
 from trtserve.plugins.policies.kv.options import KVOptions
-from trtserve.plugins.routing_api import Assignment, HeldRequest, Plan, RoutingState
+from trtserve.plugins.routing_api import LONG_AGO_S, Assignment, HeldRequest, Plan, RoutingState
 
 _SOON_S = 1e-3
 """Ask again after this where no pass is known whose end could be waited for."""
+
+_MOST_PAIRS = 512
+"""Of held request and worker that one decision weighs, at a microsecond or two each; with many workers fewer requests
+are planned at once, but never less than `_LEAST_WINDOW`."""
+
+_LEAST_WINDOW = 4
+
+_CLOSE_SHARE = 0.5
+_SHARE_OF_LAST = 64  # requests
 
 _LEAST_PATIENCE_MS = 1.0
 """A shorter wait for others of the same moment costs more than it brings."""
@@ -35,6 +46,31 @@ class _Candidate:
     cost_ms: float = 0.0
 
 
+class Arrivals:
+    """Whether requests tend to come several at a time, so that it pays to wait a little for the others."""
+
+    def __init__(self, close_s: float) -> None:
+        """close_s: requests that come within so long of each other are of one moment."""
+        self._close_s = close_s
+        self._share = 0.5  # of requests that came so close behind another one, over the last ones
+        self._last = (LONG_AGO_S, -1)
+
+    @property
+    def are_close(self) -> bool:
+        return self._share >= _CLOSE_SHARE
+
+    def see(self, held: Sequence[HeldRequest]) -> None:
+        """Those that are new count; `held` is in order of arrival."""
+        for waiting in held[bisect_right(held, self._last, key=_arrival) :]:
+            is_close = waiting.held_since_s - self._last[0] <= self._close_s
+            self._share += (is_close - self._share) / _SHARE_OF_LAST
+            self._last = _arrival(waiting)
+
+
+def _arrival(waiting: HeldRequest) -> tuple[float, int]:
+    return waiting.held_since_s, waiting.request.id
+
+
 class KVPolicy:
     """`holds`: as described above. Without it every request is sent at once, each to its cheapest worker."""
 
@@ -43,6 +79,8 @@ class KVPolicy:
     def __init__(self, options: KVOptions, holds: bool) -> None:
         self._options = options
         self._holds = holds
+        self._arrivals = Arrivals(options.gather_ms / 1000)
+        self._waits_for: tuple[RequestId, WorkerId] | None = None  # the first in order, and the KV space it waits for
 
     def assign(self, held: Sequence[HeldRequest], state: RoutingState) -> Plan:
         workers = self._workers(state)
@@ -50,16 +88,14 @@ class KVPolicy:
             return Plan(self._at_once(held, workers, state))
         if not any(worker.is_open for worker in workers):
             return Plan((), self._again_at_s(workers, state.now_s, ()))
-        plans: list[list[_Candidate]] = [[] for _ in workers]
-        for candidate in reversed(self._in_order(held, workers[0].passes, state)):
-            place = self._cheapest(candidate, workers, state.estimates.output_tokens)
-            plans[place].append(candidate)
-            workers[place].add(candidate.prompt)
+        self._arrivals.see(held)
+        candidates = self._in_order(held, workers[0].passes, state)
+        plans = self._plans(candidates, workers, state.estimates.output_tokens)
         sent: list[Assignment] = []
         due_s = []
         for worker, plan in zip(workers, plans, strict=True):
             if plan and worker.is_open:
-                due_s.append(self._send(worker, plan[::-1], state.now_s, sent))
+                due_s.append(self._send(worker, plan, candidates[0], state.now_s, sent))
         if len(sent) == len(held):
             return Plan(sent)
         return Plan(sent, self._again_at_s(workers, state.now_s, [one for one in due_s if one is not None]))
@@ -104,6 +140,21 @@ class KVPolicy:
 
     # -------------------------------------------------------------- where
 
+    def _plans(
+        self, candidates: Sequence[_Candidate], workers: Sequence[PlannedWorker], output_tokens: float
+    ) -> list[list[_Candidate]]:
+        """What each worker is to serve, in order."""
+        plans: list[list[_Candidate]] = [[] for _ in workers]
+        kept = self._waits_for
+        for candidate in reversed(candidates):
+            chosen = workers
+            if kept is not None and candidate.waiting.request.id == kept[0]:
+                chosen = [worker for worker in workers if worker.view.worker_id == kept[1]] or workers
+            worker = chosen[self._cheapest(candidate, chosen, output_tokens)]
+            plans[workers.index(worker)].append(candidate)
+            worker.add(candidate.prompt)
+        return [plan[::-1] for plan in plans]
+
     def _cheapest(self, candidate: _Candidate, workers: Sequence[PlannedWorker], output_tokens: float) -> int:
         """The place of its worker; notes what it is and costs there."""
         overlaps, others = candidate.overlaps, self._options.others_weight
@@ -127,10 +178,15 @@ class KVPolicy:
     # -------------------------------------------------------------- when
 
     def _send(
-        self, worker: PlannedWorker, plan: Sequence[_Candidate], now_s: float, sent: list[Assignment]
+        self,
+        worker: PlannedWorker,
+        plan: Sequence[_Candidate],
+        first: _Candidate,
+        now_s: float,
+        sent: list[Assignment],
     ) -> float | None:
         """Send what the worker's next pass is to take, in order, until one had better come later. Returns when to look
-        again at one that waits for others of its moment."""
+        again at one that waits for others of its moment. `first`: of all candidates."""
         view = worker.view
         tokens, prompts, free_blocks, free_slots = worker.tokens, worker.prompts, view.free_blocks, worker.free_slots
         for place, candidate in enumerate(plan):
@@ -138,8 +194,12 @@ class KVPolicy:
             if tokens and not self._joins(worker, tokens, prompts, prompt.new, len(plan) - place - 1):
                 return None
             if prompt.needed_blocks > free_blocks and view.booked_requests + place:
-                return None  # it would wait there for KV space, and could not go elsewhere any more
-            if now_s < candidate.due_s:
+                # It would wait there for KV space, and could not go elsewhere any more. The first of all stays with its
+                # worker, which sends nothing else before it: smaller ones would take the space for ever.
+                if candidate is first:
+                    self._waits_for = candidate.waiting.request.id, view.worker_id
+                return None
+            if now_s < candidate.due_s and self._arrivals.are_close:
                 return candidate.due_s
             sent.append(Assignment(candidate.waiting.request.id, view.worker_id, candidate.cost_ms))
             tokens += prompt.new

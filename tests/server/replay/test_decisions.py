@@ -21,7 +21,6 @@ from trtserve.server.replay.command import main
 from trtserve.server.replay.decisions import DecisionLogError, compare
 from trtserve.server.router.decision_log import DecisionLog
 
-
 TIMES = PassTimes(Curve(5.0, 0.1, 0.0, 1, 512), Curve(5.0, 20.0, 0.0, 0, 1))
 
 

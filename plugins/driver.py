@@ -1,8 +1,9 @@
 """Makes an `Engine` out of any `StepEngine`: one thread of its own makes every call to it.
 
-What other threads want goes through one inbox, in order, so a cancel can never overtake the submit it belongs to. The
-inbox has no bound of its own: the server books at most `max_num_seqs` requests a worker plus what its queue admits, and
-an entry is a reference to a request that exists anyway.
+What other threads want goes through one inbox, in order, so a cancel can never overtake the submit it belongs to, and
+what a call did is there for a request submitted after it. The inbox has no bound of its own: the server books at most
+`max_num_seqs` requests a worker plus what its queue admits, an entry is a reference to a request that exists anyway,
+and whoever makes calls waits for their futures.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from typing import Any, Generic, TypeVar
 
 from trtserve.plugins.api import (
     EngineInfo,
@@ -28,6 +31,36 @@ from trtserve.plugins.api import (
 
 logger = logging.getLogger(__name__)
 
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class _Call(Generic[_Result]):
+    """A function to run between two steps, and where its result goes."""
+
+    function: Callable[[], _Result]
+    future: Future[_Result]
+
+    def run(self) -> None:
+        if not self.future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self.function()
+        except BaseException as error:
+            # Whatever it is belongs to whoever waits for the future, and to nobody else.
+            self.future.set_exception(error)
+        else:
+            self.future.set_result(result)
+
+    def refuse(self) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(
+                RuntimeError("The engine is not running, so nothing can be called on its thread: start it first.")
+            )
+
+
+_Message = Request | RequestId | _Call[Any] | None
+
 
 class Driver:
     """An `Engine` around a `StepEngine`, which it owns: it starts, steps and closes it, all on the driver's thread.
@@ -43,14 +76,20 @@ class Driver:
         self._engine = engine
         self._interrupt = interrupt
         self._close_timeout_s = close_timeout_s
-        self._inbox: SimpleQueue[Request | RequestId | None] = SimpleQueue()  # None wakes the thread and says nothing
+        self._inbox: SimpleQueue[_Message] = SimpleQueue()  # None wakes the thread and says nothing
         self._live: set[RequestId] = set()  # added, not ended and not aborted; the driver thread's
         self._load = WorkerLoad()
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._has_ended = False  # the thread takes nothing out of the inbox any more
         # Held while something is handed to the sink, so that close() can promise that nothing follows it. Reentrant:
         # a sink may answer `fail` by closing the engine.
         self._delivery = threading.RLock()
+
+    @property
+    def engine(self) -> StepEngine:
+        """The engine inside, whose methods are for functions given to `call`."""
+        return self._engine
 
     def start(self, sink: EngineSink) -> EngineInfo:
         """Start the thread and, on it, the engine; raises what the engine's start raised."""
@@ -69,6 +108,24 @@ class Driver:
     def cancel(self, request_id: RequestId) -> None:
         self._inbox.put(request_id)
 
+    def call(self, function: Callable[[], _Result]) -> Future[_Result]:
+        """Run `function` on the driver's thread between two steps: after every submit, cancel and call made before it,
+        before those made after it, and also when the engine is idle. It must be quick, as no step is made meanwhile.
+
+        What it raises is the future's exception and leaves the engine alone; a future that is cancelled in time is not
+        run. The future fails with RuntimeError where the engine was not started, failed or was closed; by the end of
+        `close` it has a result or an exception, unless its own function is under way and does not end.
+        """
+        call = _Call(function, Future[_Result]())
+        if self._thread is None:
+            call.refuse()
+            return call.future
+        self._inbox.put(call)
+        # Either the thread finds the call when it empties the inbox at its end, or it had ended before this line.
+        if self._has_ended or self._is_closed:
+            self._refuse_calls()
+        return call.future
+
     def stats(self) -> WorkerLoad:
         return self._load
 
@@ -85,6 +142,7 @@ class Driver:
         thread.join(self._close_timeout_s)
         if thread.is_alive():
             logger.warning("the engine's step did not end within %.1f s of close", self._close_timeout_s)
+        self._refuse_calls()
 
     def _run(self, sink: EngineSink, started: Future[EngineInfo]) -> None:
         try:
@@ -101,6 +159,8 @@ class Driver:
             self._fail(sink, error)
         finally:
             self._close_engine()
+            self._has_ended = True
+            self._refuse_calls()
 
     def _loop(self, sink: EngineSink) -> None:
         while not self._is_closed:
@@ -111,15 +171,34 @@ class Driver:
             if not self._is_closed and self._engine.has_work():
                 self._deliver(sink, self._engine.step())
 
-    def _take(self, message: Request | RequestId | None, sink: EngineSink) -> None:
-        if self._is_closed or message is None:
+    def _take(self, message: _Message, sink: EngineSink) -> None:
+        if isinstance(message, _Call):
+            self._run_call(message)
+        elif self._is_closed or message is None:
             return
-        if isinstance(message, Request):
+        elif isinstance(message, Request):
             self._add(message, sink)
         elif message in self._live:
             # From here on the engine reports the end by itself, so a second cancel finds nothing.
             self._live.discard(message)
             self._engine.abort(message)
+
+    def _run_call(self, call: _Call[Any]) -> None:
+        if self._is_closed:
+            call.refuse()
+        else:
+            call.run()
+
+    def _refuse_calls(self) -> None:
+        """Empty the inbox, of no use any more, and tell everybody who waits for a call."""
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except Empty:
+                break
+            if isinstance(message, _Call):
+                message.refuse()
+        self._inbox.put(None)  # in place of one that was to wake the thread
 
     def _add(self, request: Request, sink: EngineSink) -> None:
         try:

@@ -47,12 +47,14 @@ class RunningEngine:
     deadline_s: float
     _ids: Iterator[int] = field(default_factory=lambda: count(1))
 
-    def submit(self, prompt: TokenIds, *, cache_salt: str = "", **sampling: Any) -> RequestId:
+    def submit(self, prompt: TokenIds, *, cache_salt: str = "", num_resumed: int = 0, **sampling: Any) -> RequestId:
         """Submit a greedy request unless `sampling` says otherwise; returns its id."""
         params = SamplingParams(**{"max_tokens": 8, "temperature": 0.0, "ignore_eos": True, **sampling})
-        request = Request(RequestId(next(self._ids)), prompt, params, self.eos_token_ids, cache_salt=cache_salt)
-        self.engine.submit(request)
-        return request.id
+        request_id = RequestId(next(self._ids))
+        self.engine.submit(
+            Request(request_id, prompt, params, self.eos_token_ids, cache_salt=cache_salt, num_resumed=num_resumed)
+        )
+        return request_id
 
     def wait(self, *request_ids: RequestId) -> None:
         """Wait until these have ended."""
@@ -74,9 +76,9 @@ class RunningEngine:
             error=last.error,
         )
 
-    def generate(self, prompt: TokenIds, *, cache_salt: str = "", **sampling: Any) -> Ended:
+    def generate(self, prompt: TokenIds, *, cache_salt: str = "", num_resumed: int = 0, **sampling: Any) -> Ended:
         """Submit and wait for the end."""
-        return self.ended(self.submit(prompt, cache_salt=cache_salt, **sampling))
+        return self.ended(self.submit(prompt, cache_salt=cache_salt, num_resumed=num_resumed, **sampling))
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,16 @@ class CollectingSink:
         """Wait until anything was said of a request."""
         self._wait(lambda: bool(self._outputs[request_id]), timeout_s, f"an output of request {request_id}")
 
+    def wait_events(self, count: int, timeout_s: float) -> list[KVEvent]:
+        """Wait until there are so many KV events; returns all."""
+
+        def events() -> list[KVEvent]:
+            return [event for step in self._steps for event in step.events]
+
+        self._wait(lambda: len(events()) >= count, timeout_s, f"{count} KV events")
+        with self._changed:
+            return events()
+
     def wait_failure(self, timeout_s: float) -> BaseException:
         """Wait until the engine reported that it is broken; returns why."""
         with self._changed:

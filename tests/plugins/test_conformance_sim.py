@@ -5,6 +5,8 @@ import pytest
 from trtserve.plugins.api import EngineConfig
 from trtserve.plugins.conformance.engine import *  # noqa: F403
 from trtserve.plugins.conformance.engine import EngineCase
+from trtserve.plugins.conformance.engine_kv import *  # noqa: F403
+from trtserve.plugins.conformance.engine_kv import KVEngineCase
 from trtserve.plugins.engines.sim import make_engine
 
 
@@ -28,3 +30,8 @@ def engine_under_test(request: pytest.FixtureRequest) -> EngineCase:
         options={"speedup": 1e9, "vocab_size": 1000, **options},
     )
     return EngineCase(make, config, vocab_size=1000, eos_token_ids=(2, 900))
+
+
+@pytest.fixture
+def kv_engine_under_test(engine_under_test: EngineCase) -> KVEngineCase:
+    return KVEngineCase(engine_under_test)

@@ -2,6 +2,7 @@
 
 import threading
 from array import array
+from concurrent.futures import CancelledError, wait
 
 import pytest
 
@@ -272,6 +273,118 @@ def test_closing_before_the_start_is_harmless():
     driver = Driver(ScriptedEngine())
     driver.close()
     driver.close()
+
+
+def test_a_call_runs_on_the_drivers_thread_of_an_idle_engine(drive):
+    engine = ScriptedEngine()
+    driver = drive(engine)
+    assert driver.engine is engine
+    assert driver.call(threading.current_thread).result(DEADLINE_S) in engine.threads
+
+
+def test_calls_keep_their_place_among_submits_and_cancels(drive, sink):
+    engine = ScriptedEngine()
+    driver = drive(engine)
+    engine.gate.clear()
+    driver.submit(request(1))
+    assert engine.in_step.wait(DEADLINE_S)
+    for number in range(2, 5):
+        driver.call(lambda number=number: engine.record("call", number))
+        driver.submit(request(number))
+        driver.cancel(RequestId(number))
+    last = driver.call(lambda: engine.record("call", 5))
+    engine.gate.set()
+    last.result(DEADLINE_S)
+    wanted = [(kind, number) for number in range(2, 5) for kind in ("call", "add", "abort")]
+    assert engine.calls == [("start",), ("add", 1), *wanted, ("call", 5)]
+
+
+def test_what_a_call_leaves_to_report_is_reported_by_a_step(drive, sink):
+    engine = ScriptedEngine()
+    driver = drive(engine)
+    end = Output(RequestId(9), finish_reason=FinishReason.LENGTH)
+    driver.call(lambda: engine.cancelled.append(end)).result(DEADLINE_S)
+    sink.wait_ended([RequestId(9)], DEADLINE_S)
+
+
+def test_what_a_call_raises_is_its_own_affair(drive, sink):
+    driver = drive(ScriptedEngine())
+    with pytest.raises(ZeroDivisionError):
+        driver.call(lambda: 1 / 0).result(DEADLINE_S)
+    driver.submit(request(1))
+    sink.wait_first_output(RequestId(1), DEADLINE_S)
+    assert not sink.failures
+
+
+def test_a_call_that_was_cancelled_in_time_is_not_run(drive):
+    engine = ScriptedEngine()
+    driver = drive(engine)
+    engine.gate.clear()
+    driver.submit(request(1))
+    assert engine.in_step.wait(DEADLINE_S)
+    cancelled, after = driver.call(lambda: engine.record("no")), driver.call(lambda: engine.record("yes"))
+    assert cancelled.cancel()
+    engine.gate.set()
+    after.result(DEADLINE_S)
+    assert ("yes",) in engine.calls and ("no",) not in engine.calls
+    with pytest.raises(CancelledError):
+        cancelled.result(DEADLINE_S)
+
+
+def test_calls_of_an_engine_that_is_not_running_fail(drive):
+    driver = Driver(ScriptedEngine())
+    assert isinstance(driver.call(int).exception(DEADLINE_S), RuntimeError)
+    driver = drive(ScriptedEngine())
+    driver.close()
+    with pytest.raises(RuntimeError, match="not running"):
+        driver.call(int).result(DEADLINE_S)
+
+
+def test_calls_that_wait_when_the_engine_breaks_fail(drive, sink):
+    engine = ScriptedEngine(step_error=OSError("device lost"))
+    driver = drive(engine)
+    engine.gate.clear()
+    driver.submit(request(1))
+    assert engine.in_step.wait(DEADLINE_S)
+    waiting = driver.call(int)
+    engine.gate.set()
+    sink.wait_failure(DEADLINE_S)
+    assert isinstance(waiting.exception(DEADLINE_S), RuntimeError)
+    assert isinstance(driver.call(int).exception(DEADLINE_S), RuntimeError)
+
+
+def test_close_fails_the_calls_behind_a_step_that_never_ends(drive):
+    engine = ScriptedEngine()
+    driver = drive(engine, close_timeout_s=0.05)
+    engine.gate.clear()
+    driver.submit(request(1))
+    assert engine.in_step.wait(DEADLINE_S)
+    waiting = driver.call(int)
+    driver.close()
+    assert isinstance(waiting.exception(0), RuntimeError)
+    assert isinstance(driver.call(int).exception(0), RuntimeError)
+    engine.gate.set()
+    for thread in engine.threads:  # it is woken by what the refusals left in the inbox
+        thread.join(DEADLINE_S)
+        assert not thread.is_alive()
+
+
+def test_every_call_made_while_closing_ends(drive):
+    driver = drive(ScriptedEngine())
+    futures, closing = [], threading.Event()
+
+    def client():
+        while not closing.is_set():
+            futures.append(driver.call(int))
+        futures.append(driver.call(int))
+
+    thread = threading.Thread(target=client)
+    thread.start()
+    driver.call(int).result(DEADLINE_S)
+    driver.close()
+    closing.set()
+    thread.join(DEADLINE_S)
+    assert not wait(futures, DEADLINE_S).not_done
 
 
 def test_many_threads_submit_and_cancel(drive, sink):

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from trtserve.plugins.api import EngineConfig, EngineInfo, Request, RequestId, StepOutputs, WorkerLoad
+from trtserve.plugins.api import (
+    EngineConfig,
+    EngineInfo,
+    KVLayout,
+    KVRows,
+    Request,
+    RequestId,
+    StepOutputs,
+    TokenIds,
+    WorkerLoad,
+)
 from trtserve.plugins.engines.sim.faults import Faults
 from trtserve.plugins.engines.sim.limits import read_model_sizes, scheduler_limits
 from trtserve.plugins.engines.sim.options import SimOptions
 from trtserve.plugins.engines.sim.pacing import Pacer
+from trtserve.plugins.engines.sim.prefix_rows import PrefixRows
 from trtserve.plugins.engines.sim.scheduler import Scheduler
 from trtserve.plugins.engines.sim.speculation import Speculation
 
@@ -20,6 +31,8 @@ MAX_LOGPROBS = 20
 
 class SimEngine:
     """Everything an engine does but the mathematics. `interrupt` may be called by any thread, all else by one.
+
+    It is a `StepEngine` and a `KVStoreEngine`.
 
     clock: seconds, monotonic. sleep: waits that many seconds, or less once the engine is interrupted.
     """
@@ -37,6 +50,7 @@ class SimEngine:
         self._pacer = Pacer(self._options.slow_factor / self._options.speedup, clock, self._sleep)
         self._faults = Faults(self._options, hang=self._hang)
         self._scheduler: Scheduler | None = None
+        self._prefix_rows: PrefixRows | None = None
 
     def start(self, progress: Callable[[str], None]) -> EngineInfo:
         """Raises RuntimeError with the option fail_start, ValueError if the limits do not fit together."""
@@ -50,6 +64,9 @@ class SimEngine:
         vocab_size = model.vocab_size or self._options.vocab_size
         self._scheduler = Scheduler(
             limits, self._options.timing(), self._options.token_model(vocab_size, config.seed), self._speculation()
+        )
+        self._prefix_rows = PrefixRows(
+            self._scheduler.pool, self._options.row_bytes(limits.block_size), limits.enable_prefix_caching
         )
         return EngineInfo(
             block_size=limits.block_size,
@@ -86,12 +103,35 @@ class SimEngine:
     def stats(self) -> WorkerLoad:
         return self._started.load()
 
+    def kv_layout(self) -> KVLayout:
+        return self._kv.layout()
+
+    def attach_rows(self, rows: KVRows) -> None:
+        """Raises ValueError where the rows are not as `kv_layout` says."""
+        self._kv.attach(rows)
+
+    def stored_blocks(self, tokens: TokenIds, cache_salt: str) -> int:
+        return self._kv.stored_blocks(tokens, cache_salt)
+
+    def read_kv(self, tokens: TokenIds, cache_salt: str, first_block: int, rows: Sequence[int]) -> int:
+        return self._kv.read(tokens, cache_salt, first_block, rows)
+
+    def write_kv(self, tokens: TokenIds, cache_salt: str, first_block: int, rows: Sequence[int]) -> int:
+        """Raises WrongKVBytes, and stores nothing, where a row does not hold its block."""
+        return self._kv.write(tokens, cache_salt, first_block, rows)
+
     def interrupt(self) -> None:
         """End the wait of a step under way, a simulated hang included, and every later one."""
         self._interrupted.set()
 
     def close(self) -> None:
         self.interrupt()
+
+    @property
+    def _kv(self) -> PrefixRows:
+        if self._prefix_rows is None:
+            raise RuntimeError("The simulated engine has no KV before it is started: call start first.")
+        return self._prefix_rows
 
     @property
     def _started(self) -> Scheduler:

@@ -27,7 +27,7 @@ class Faults:
     def watch(self, request: Request) -> None:
         """Remember a request that was added if its prompt holds the fault's token."""
         token_id = self._options.fault_token_id
-        if token_id is not None and token_id in request.prompt:
+        if token_id is not None and token_id in request.prompt[: len(request.prompt) - request.num_resumed]:
             self._targets.append(request.id)
 
     def before_pass(self, scheduler: Scheduler) -> None:

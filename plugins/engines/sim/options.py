@@ -10,6 +10,7 @@ from trtserve.plugins.engines.sim.timing import PassTiming
 from trtserve.plugins.engines.sim.tokens import TokenModel
 
 _TIMING = PassTiming()
+_KV_TOKEN_BYTES = 1024
 _MIN_TOKENS = 32  # more than the largest number of log probabilities a request can ask for
 
 
@@ -60,6 +61,13 @@ class SimOptions(BaseModel):
     num_draft_tokens: int = Field(0, ge=0, le=16, description="Tokens drafted in a decode step; 0: no speculation.")
     acceptance_rate: float = Field(0.7, ge=0, le=1, description="That a drafted token is right.")
 
+    kv_block_bytes: int | None = Field(
+        None,
+        ge=64,
+        le=1 << 24,
+        description="Of a block's simulated KV, where workers exchange it; default: 1024 a token.",
+    )
+
     fail_start: bool = Field(False, description="Starting raises an error.")
     crash_after_steps: int | None = Field(None, ge=0, description="The process ends before the pass after this many.")
     hang_after_steps: int | None = Field(None, ge=0, description="The pass after this many never ends.")
@@ -78,6 +86,10 @@ class SimOptions(BaseModel):
             self.decode_constant_ms,
             self.decode_usage_limit,
         )
+
+    def row_bytes(self, block_size: int) -> int:
+        """Bytes of simulated KV in one block."""
+        return _KV_TOKEN_BYTES * block_size if self.kv_block_bytes is None else self.kv_block_bytes
 
     def token_model(self, vocab_size: int, seed: int) -> TokenModel:
         """Raises ValueError if the ids do not fit the vocabulary or are too few."""

@@ -55,6 +55,10 @@ class BlockPool:
         """Blocks that `match` can find, held or not."""
         return len(self._stored)
 
+    @property
+    def has_events(self) -> bool:
+        return bool(self._events)
+
     def match(self, hashes: Sequence[BlockHash], limit: int) -> list[Block]:
         """The stored blocks of the longest prefix of `hashes`, at most `limit`; takes no reference."""
         matched: list[Block] = []

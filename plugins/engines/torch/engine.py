@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
-from trtserve.plugins.api import EngineConfig, EngineInfo, Request, RequestId, StepOutputs, TokenIds, WorkerLoad
+from trtserve.plugins.api import (
+    EngineConfig,
+    EngineInfo,
+    KVLayout,
+    KVRows,
+    Request,
+    RequestId,
+    StepOutputs,
+    TokenIds,
+    WorkerLoad,
+)
 from trtserve.plugins.engines.torch.capacity import Capacity, plan_capacity
 from trtserve.plugins.engines.torch.generation import Generation
 from trtserve.plugins.engines.torch.kv_store import KVStore
 from trtserve.plugins.engines.torch.model import Model, choose_device, choose_dtype, load_model
 from trtserve.plugins.engines.torch.options import TorchOptions
 from trtserve.plugins.engines.torch.prefix_cache import PrefixCache
-from trtserve.plugins.engines.torch.prefix_transfer import PrefixBlocks, export_prefix, import_prefix
+from trtserve.plugins.engines.torch.prefix_rows import PrefixRows
 from trtserve.plugins.engines.torch.request_checks import MAX_LOGPROBS
 from trtserve.plugins.engines.torch.sampler import Sampler
 from trtserve.plugins.engines.torch.scheduler import Scheduler
+from trtserve.plugins.fingerprint import model_fingerprint
 
 LoadModel = Callable[[str, torch.dtype, torch.device, TorchOptions], Model]
 
 
 class TorchEngine:
-    """One model on one device. Every call comes from the thread that called `start`."""
+    """One model on one device: a `StepEngine` and a `KVStoreEngine`. Every call comes from the thread of `start`."""
 
     def __init__(self, config: EngineConfig, load: LoadModel = load_model) -> None:
         """`load` reads the model; one that is in memory already can be given instead of a folder."""
@@ -30,6 +42,7 @@ class TorchEngine:
         self._options = TorchOptions.model_validate(dict(config.options))
         self._load = load
         self._generation: Generation | None = None
+        self._prefix_rows: PrefixRows | None = None
 
     def start(self, progress: Callable[[str], None]) -> EngineInfo:
         """Load the model; raises ModelRefused or ValueError with a sentence where that cannot be."""
@@ -41,6 +54,7 @@ class TorchEngine:
         progress("allocating KV cache")
         capacity = plan_capacity(self._config, model)
         self._generation = self._assemble(model, capacity)
+        self._prefix_rows = PrefixRows(self._generation.cache, self._generation.store)
         return EngineInfo(
             block_size=self._config.block_size,
             num_blocks=capacity.num_blocks,
@@ -72,17 +86,36 @@ class TorchEngine:
         """The load right now; zeros when not started or closed."""
         return WorkerLoad() if self._generation is None else self._generation.stats()
 
-    def export_prefix(self, tokens: TokenIds, cache_salt: str = "") -> PrefixBlocks:
-        """A copy of the KV stored for the longest prefix of these tokens (`prefix_transfer`)."""
-        return export_prefix(self._running.cache, self._running.store, tokens, cache_salt)
+    def kv_layout(self) -> KVLayout:
+        """Raises FileNotFoundError or ValueError where the model folder has no fingerprint."""
+        return self._kv.layout(model_fingerprint(Path(self._config.model_path)))
 
-    def import_prefix(self, tokens: TokenIds, prefix: PrefixBlocks, cache_salt: str = "") -> int:
-        """Store another engine's KV for reuse; returns how many blocks were new (`prefix_transfer`)."""
-        return import_prefix(self._running.cache, self._running.store, tokens, prefix, cache_salt)
+    def attach_rows(self, rows: KVRows) -> None:
+        """Raises ValueError where the rows are not as `kv_layout` says."""
+        self._kv.attach(rows)
+
+    def stored_blocks(self, tokens: TokenIds, cache_salt: str) -> int:
+        """Leading full blocks of the prompt that are in the prefix cache."""
+        return self._kv.stored_blocks(tokens, cache_salt)
+
+    def read_kv(self, tokens: TokenIds, cache_salt: str, first_block: int, rows: Sequence[int]) -> int:
+        """Fill rows with blocks from `first_block` on, as far as they are stored; returns how many."""
+        return self._kv.read(tokens, cache_salt, first_block, rows)
+
+    def write_kv(self, tokens: TokenIds, cache_salt: str, first_block: int, rows: Sequence[int]) -> int:
+        """Store blocks from rows; returns how many of them are in the cache now. Their events make work for `step`."""
+        return self._kv.write(tokens, cache_salt, first_block, rows)
 
     def close(self) -> None:
         """Drop the model and the KV cache; idempotent."""
         self._generation = None
+        self._prefix_rows = None
+
+    @property
+    def _kv(self) -> PrefixRows:
+        if self._prefix_rows is None:
+            raise RuntimeError("the torch engine has no KV: call start first, and nothing after close")
+        return self._prefix_rows
 
     @property
     def _running(self) -> Generation:

@@ -5,10 +5,15 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from math import gcd
 
 import torch
 from torch import Tensor
 from xxhash import xxh3_64_hexdigest
+
+_WORDS = (torch.int64, torch.int32, torch.int16)  # what bytes are copied as, whatever they mean
+_SERIAL_WORDS = 32_767  # torch copies as many with one thread and more with all of them (at::internal::GRAIN_SIZE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +36,12 @@ class KVStore:
     `keys[layer]` is [kv_heads, num_blocks * block_size, key_dim], `values[layer]` likewise: head-major, so that the
     blocks that a batch gathers are already in the order of a batched matrix product. The tensors live as long as
     the store; on the CPU a page of memory is taken when it is first written.
+
+    A block travels as a row of `row_width` numbers in the order [layer][keys, values][head][token][dim]. Heads of equal
+    dim that follow one another in this order lie in one piece of memory, so that a row of nearly all models is a few
+    strided copies. On the CPU each is small enough for one thread: it copies at the speed of memory, while waiting for
+    more threads many times in a row costs far more where others keep the cores busy. On a CUDA device, where it's the
+    launch that costs, all blocks go at once, by way of a temporary copy.
     """
 
     def __init__(
@@ -41,9 +52,19 @@ class KVStore:
         self.block_size = block_size
         self.dtype = dtype
         self.device = device
-        slots = num_blocks * block_size
-        self.keys = [_zeros((layer.kv_heads, slots, layer.key_dim), dtype, device) for layer in self.layers]
-        self.values = [_zeros((layer.kv_heads, slots, layer.value_dim), dtype, device) for layer in self.layers]
+        self.row_width = block_size * sum(layer.width for layer in self.layers)
+        parts = [(layer.kv_heads, dim) for layer in self.layers for dim in (layer.key_dim, layer.value_dim)]
+        word = _word(gcd(*(block_size * dim * dtype.itemsize for _, dim in parts)))
+        self._slabs: list[Tensor] = []  # each [heads, num_blocks, words of a block], in the order of a row
+        views: list[Tensor] = []
+        for dim, run in groupby(parts, key=lambda part: part[1]):
+            heads = [kv_heads for kv_heads, _ in run]
+            slab = _zeros((sum(heads), num_blocks * block_size, dim), dtype, device)
+            views += torch.split(slab, heads)
+            words = slab.view(slab.shape[0], num_blocks, -1).view(word)
+            at_once = _SERIAL_WORDS // words.shape[2] if device.type == "cpu" else words.shape[0]
+            self._slabs += torch.split(words, max(1, at_once))
+        self.keys, self.values = views[::2], views[1::2]
 
     @staticmethod
     def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
@@ -52,47 +73,63 @@ class KVStore:
 
     @property
     def layout(self) -> str:
-        """Fingerprint of what `export_blocks` gives; two stores with the same one can exchange blocks."""
+        """Fingerprint of what a row is; two stores with the same one can exchange rows."""
         shapes = ",".join(f"{layer.kv_heads}x{layer.key_dim}+{layer.value_dim}" for layer in self.layers)
         kind = str(self.dtype).removeprefix("torch.")
         return f"kv1-{kind}-{self.block_size}-{len(self.layers)}-{xxh3_64_hexdigest(shapes.encode())}"
 
-    def export_blocks(self, block_ids: Sequence[int]) -> Tensor:
-        """A contiguous copy, [len(block_ids), numbers of a block], on the store's device.
+    @torch.inference_mode()
+    def copy_out(self, block_ids: Sequence[int], memory: Tensor, rows: Sequence[int]) -> None:
+        """Copy each block into a row of `memory`, [rows there are, row_width] of the store's dtype.
 
-        Each row is one block in the order [layer][keys, values][head][token][dim].
+        On a CUDA device the copies are only queued.
         """
-        ids = torch.tensor(block_ids, dtype=torch.long, device=self.device)
-        parts = [part.index_select(1, ids).transpose(0, 1).flatten(1) for part in self._by_block()]
-        return torch.cat(parts, dim=1)
+        for part, slab in self._parts_of(memory):
+            if self.device.type == "cpu":
+                for block_id, row in zip(block_ids, rows, strict=True):
+                    part[row].copy_(slab[:, block_id])
+            else:
+                blocks = slab.index_select(1, self._index(block_ids)).transpose(0, 1)
+                part.index_copy_(0, self._index(rows), blocks)
 
-    def import_blocks(self, block_ids: Sequence[int], data: Tensor) -> None:
-        """Write what `export_blocks` of a store with the same layout gave; raises ValueError on another size."""
-        width = self.block_size * sum(layer.width for layer in self.layers)
-        if data.shape != (len(block_ids), width) or data.dtype != self.dtype:
-            raise ValueError(
-                f"{len(block_ids)} KV blocks of layout {self.layout} are {self.dtype}[{len(block_ids)}, {width}], "
-                f"not {data.dtype}{list(data.shape)}: exchange blocks between workers with the same layout only"
-            )
-        ids = torch.tensor(block_ids, dtype=torch.long, device=self.device)
-        start = 0
-        for part in self._by_block():
-            heads, _, numbers = part.shape
-            rows = data[:, start : start + heads * numbers].to(self.device)
-            part.index_copy_(1, ids, rows.view(-1, heads, numbers).transpose(0, 1).contiguous())
-            start += heads * numbers
+    @torch.inference_mode()
+    def copy_in(self, block_ids: Sequence[int], memory: Tensor, rows: Sequence[int]) -> None:
+        """The way back: what `copy_out` of a store with the same layout put into these rows becomes these blocks."""
+        for part, slab in self._parts_of(memory):
+            if self.device.type == "cpu":
+                for block_id, row in zip(block_ids, rows, strict=True):
+                    slab[:, block_id].copy_(part[row])
+            else:
+                blocks = part.index_select(0, self._index(rows)).transpose(0, 1)
+                slab.index_copy_(1, self._index(block_ids), blocks)
 
     def clear_blocks(self, block_ids: Sequence[int]) -> None:
         """Set blocks to zero. For contents with NaN, which would spread to whoever reads the block's unused slots."""
-        ids = torch.tensor(block_ids, dtype=torch.long, device=self.device)
-        for part in self._by_block():
-            part.index_fill_(1, ids, 0)
+        for slab in self._slabs:
+            slab.index_fill_(1, self._index(block_ids), 0)
 
-    def _by_block(self) -> Iterator[Tensor]:
-        """Views [kv_heads, num_blocks, block_size * dim]: keys, then values, layer by layer."""
-        for keys, values in zip(self.keys, self.values, strict=True):
-            yield keys.view(keys.shape[0], self.num_blocks, -1)
-            yield values.view(values.shape[0], self.num_blocks, -1)
+    def _index(self, places: Sequence[int]) -> Tensor:
+        return torch.tensor(places, dtype=torch.long, device=self.device)
+
+    def _parts_of(self, memory: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Views [rows there are, heads, words of a block] of rows, each with the slab whose contents it takes."""
+        if memory.dim() != 2 or memory.shape[1] != self.row_width or memory.dtype != self.dtype:
+            raise ValueError(
+                f"rows of layout {self.layout} are {self.dtype}[…, {self.row_width}], not "
+                f"{memory.dtype}{list(memory.shape)}: exchange KV between workers with the same layout only"
+            )
+        start = 0
+        flat = memory.view(torch.uint8)
+        for slab in self._slabs:
+            heads, _, words = slab.shape
+            num_bytes = heads * words * slab.itemsize
+            yield flat[:, start : start + num_bytes].view(slab.dtype).view(-1, heads, words), slab
+            start += num_bytes
+
+
+def _word(num_bytes: int) -> torch.dtype:
+    """The widest that so many bytes are a whole number of."""
+    return next((word for word in _WORDS if num_bytes % word.itemsize == 0), torch.uint8)
 
 
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:

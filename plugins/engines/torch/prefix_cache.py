@@ -56,7 +56,7 @@ class PrefixCache:
     def __init__(self, num_blocks: int, block_size: int, enabled: bool = True) -> None:
         self.block_size = block_size
         self.pool = BlockPool(num_blocks, self._evicted)
-        self._enabled = enabled
+        self.enabled = enabled
         self._blocks: dict[BlockHash, int] = {}
         self._links: dict[int, Link] = {}
         self._events: list[KVEvent] = []
@@ -73,7 +73,7 @@ class PrefixCache:
     def lookup(self, chain: BlockChain, tokens: TokenIds, max_tokens: int) -> list[int]:
         """The blocks of the longest stored prefix of at most `max_tokens` tokens. Takes no hold on them."""
         found: list[int] = []
-        if not self._enabled:
+        if not self.enabled:
             return found
         for link in chain.links(tokens, max_tokens // self.block_size):
             block_id = self._blocks.get(link.hash)
@@ -84,7 +84,7 @@ class PrefixCache:
 
     def commit(self, chain: BlockChain, tokens: TokenIds, block_ids: list[int], start: int, stop: int) -> None:
         """Offer blocks `start` to `stop` of a sequence, which are held and full. Those already stored are left out."""
-        if not self._enabled or start >= stop:
+        if not self.enabled or start >= stop:
             return
         links = chain.links(tokens, stop)
         fresh: list[Link] = []

@@ -16,6 +16,11 @@ def check_request(request: Request, vocab_size: int, max_seq_len: int) -> None:
         raise RequestRefused(
             f"the prompt has {num_tokens} tokens and this model takes {max_seq_len}, the answer included: shorten it"
         )
+    if not 0 <= request.num_resumed < num_tokens:
+        raise RequestRefused(
+            f"{request.num_resumed} tokens of a prompt of {num_tokens} were generated before: at least one has to be "
+            "there from the beginning"
+        )
     lowest, highest = min(request.prompt), max(request.prompt)
     if lowest < 0 or highest >= vocab_size:
         wrong = lowest if lowest < 0 else highest

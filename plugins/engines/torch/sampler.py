@@ -2,7 +2,8 @@
 
 Order of work on the logits: repetition, presence and frequency penalties, logit bias (log probabilities are taken
 here), tokens that may not come yet, then the draw (`token_draw`). Chance is a pure function of a request's key and
-of how many tokens it has generated, so neither the rest of the batch nor a preemption changes a draw.
+of how many tokens it has generated, on other workers before too, so neither the rest of the batch nor a preemption nor
+a move to another worker changes a draw.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtserve.plugins.api import Request, SamplingParams, TokenLogprob
+from trtserve.plugins.api import Request, SamplingParams, TokenIds, TokenLogprob
 from trtserve.plugins.engines.torch.likeliest import most_likely
 from trtserve.plugins.engines.torch.token_draw import Draw, draw_tokens, uniform
 
@@ -40,7 +41,8 @@ class SamplingState:
     key: int  # 64 bits
     is_plain: bool  # greedy and nothing else: an argmax will do
     delayed: tuple[int, ...]  # tokens that are impossible before min_tokens
-    num_generated: int = 0
+    num_resumed: int = 0  # tokens generated before the request came here
+    num_generated: int = 0  # here
     prompt_seen: Tensor | None = None  # bool[vocab], for repetition_penalty
     output_counts: Tensor | None = None  # float32[vocab], for all penalties
     bias_ids: Tensor | None = None  # int64[biases]
@@ -50,7 +52,7 @@ class SamplingState:
     def draw(self) -> Draw:
         """How to draw the next token."""
         params = self.params
-        chance = uniform(self.key, self.num_generated)
+        chance = uniform(self.key, self.num_resumed + self.num_generated)
         return Draw(params.temperature, params.top_k, params.top_p, params.min_p, chance)
 
 
@@ -71,11 +73,12 @@ class Sampler:
             key=self._random.getrandbits(64) if params.seed is None else params.seed & _MASK_64,
             is_plain=_is_plain(params),
             delayed=tuple(sorted({token for token in ends if 0 <= token < self._vocab_size})),
+            num_resumed=request.num_resumed,
         )
         if _has_penalties(params):
-            state.prompt_seen = torch.zeros(self._vocab_size, dtype=torch.bool, device=self._device)
-            state.prompt_seen[torch.tensor(list(set(request.prompt)), device=self._device)] = True
-            state.output_counts = torch.zeros(self._vocab_size, device=self._device)
+            first_output = len(request.prompt) - request.num_resumed
+            state.prompt_seen = self._counts(request.prompt[:first_output]) > 0
+            state.output_counts = self._counts(request.prompt[first_output:])
         if params.logit_bias:
             ids, values = zip(*params.logit_bias, strict=True)
             state.bias_ids = torch.tensor(ids, dtype=torch.long, device=self._device)
@@ -98,6 +101,11 @@ class Sampler:
             if state.output_counts is not None and not result.is_broken:
                 state.output_counts[result.token_id] += 1
         return sampled
+
+    def _counts(self, tokens: TokenIds) -> Tensor:
+        """How often each token of the vocabulary is among these: float32[vocab]."""
+        ids = torch.tensor(tokens, dtype=torch.long, device=self._device)
+        return torch.bincount(ids, minlength=self._vocab_size).float()
 
     def _sample_mixed(self, logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled]:
         broken = [result.is_broken for result in _argmax(logits)]

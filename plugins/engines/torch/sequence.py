@@ -28,6 +28,7 @@ class Sequence:
 
     @property
     def num_generated(self) -> int:
+        """Tokens generated here; those that were resumed count with the prompt."""
         return len(self.tokens) - len(self.request.prompt)
 
     @property

@@ -64,11 +64,13 @@ class Runner:
     steps: list[StepOutputs] = field(default_factory=list)
     next_id: int = 1
 
-    def add(self, prompt: list[int] | TokenIds, eos: tuple[int, ...] = (), **sampling: Any) -> RequestId:
+    def add(
+        self, prompt: list[int] | TokenIds, eos: tuple[int, ...] = (), num_resumed: int = 0, **sampling: Any
+    ) -> RequestId:
         request_id = RequestId(self.next_id)
         self.next_id += 1
         params = SamplingParams(**{"max_tokens": REFERENCE_TOKENS, "temperature": 0.0, **sampling})
-        self.engine.add(Request(request_id, array("i", prompt), params, eos))
+        self.engine.add(Request(request_id, array("i", prompt), params, eos, num_resumed=num_resumed))
         return request_id
 
     def step(self) -> StepOutputs:
@@ -109,11 +111,12 @@ MakeRunner = Callable[..., Runner]
 
 @pytest.fixture
 def runner_of() -> MakeRunner:
-    """Start an engine on a model in memory: runner_of(model, num_blocks=…, max_num_tokens=…)."""
+    """Start an engine on a model in memory: runner_of(model, num_blocks=…, max_num_tokens=…); `folder`: for its
+    fingerprint only."""
 
-    def make(model: Model, **config: Any) -> Runner:
+    def make(model: Model, folder: Path | str = "in memory", **config: Any) -> Runner:
         wanted = {"dtype": "float32", "device": "cpu", "num_blocks": 256, **config}
-        engine = TorchEngine(EngineConfig("in memory", **wanted), load=lambda *_: model)
+        engine = TorchEngine(EngineConfig(str(folder), **wanted), load=lambda *_: model)
         engine.start(lambda phase: None)
         return Runner(engine)
 

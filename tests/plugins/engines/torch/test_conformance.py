@@ -7,6 +7,8 @@ import pytest
 from trtserve.plugins.api import EngineConfig
 from trtserve.plugins.conformance.engine import *  # noqa: F403
 from trtserve.plugins.conformance.engine import EngineCase
+from trtserve.plugins.conformance.engine_kv import *  # noqa: F403
+from trtserve.plugins.conformance.engine_kv import KVEngineCase
 from trtserve.plugins.driver import Driver
 from trtserve.plugins.engines.torch.engine import TorchEngine
 
@@ -23,3 +25,8 @@ def engine_under_test(tiny_llama_folder):
         options={"num_threads": 1},
     )
     return EngineCase(lambda changed: Driver(TorchEngine(changed)), config, vocab_size=320, eos_token_ids=(2,))
+
+
+@pytest.fixture
+def kv_engine_under_test(engine_under_test):
+    return KVEngineCase(engine_under_test)

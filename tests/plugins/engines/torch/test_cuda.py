@@ -14,6 +14,12 @@ import pytest
 import torch
 
 from tests.plugins.engines.torch.test_families import FAMILIES, NEW_TOKENS, prompts
+from trtserve.plugins.api import EngineConfig, KVRows
+from trtserve.plugins.conformance.case import EngineCase
+from trtserve.plugins.conformance.engine_kv import *  # noqa: F403
+from trtserve.plugins.conformance.engine_kv import KVEngineCase
+from trtserve.plugins.driver import Driver
+from trtserve.plugins.engines.torch.engine import TorchEngine
 from trtserve.plugins.engines.torch.model import load_model, prepare_model
 from trtserve.plugins.engines.torch.options import TorchOptions
 
@@ -89,15 +95,40 @@ def test_a_folder_in_bfloat16(tiny_llama_folder, cuda, runner_of):
         assert errors and sum(errors) / len(errors) < 0.2
 
 
-def test_blocks_move_between_device_and_host(tiny_module, cuda, runner_of):
+def device_rows(layout, num_rows):
+    memory = torch.zeros(num_rows, layout.block_bytes, dtype=torch.uint8, device=layout.device)
+    return KVRows(memory.data_ptr(), num_rows, layout.block_bytes, layout.device, memory)
+
+
+def test_blocks_move_between_device_and_host(tiny_module, tiny_llama_folder, cuda, runner_of):
     there = runner_of(
-        prepare_model(tiny_module("LlamaConfig").to(cuda), torch.float32, cuda, TorchOptions()), device="cuda"
+        prepare_model(tiny_module("LlamaConfig").to(cuda), torch.float32, cuda, TorchOptions()),
+        tiny_llama_folder,
+        device="cuda",
     )
-    here = runner_of(prepare_model(tiny_module("LlamaConfig"), torch.float32, torch.device("cpu"), TorchOptions()))
+    here = runner_of(
+        prepare_model(tiny_module("LlamaConfig"), torch.float32, torch.device("cpu"), TorchOptions()),
+        tiny_llama_folder,
+    )
     prompt = prompts()[-1]
     (wanted,) = there.generate([prompt], max_tokens=NEW_TOKENS)
-    tokens = array("i", prompt)
-    exported = there.engine.export_prefix(tokens)
-    assert exported.num_tokens == 64 and here.engine.import_prefix(tokens, exported) == 4
+    (from_there, to_here), tokens = (
+        (device_rows(runner.engine.kv_layout(), 6) for runner in (there, here)),
+        array("i", prompt),
+    )
+    there.engine.attach_rows(from_there)
+    here.engine.attach_rows(to_here)
+    assert there.engine.read_kv(tokens, "", 0, [5, 1, 0, 3]) == 4
+    to_here.owner.copy_(from_there.owner)
+    assert here.engine.write_kv(tokens, "", 0, [5, 1, 0, 3]) == 4
     (given,) = here.generate([prompt], max_tokens=NEW_TOKENS)
     assert given.tokens == wanted.tokens and given.cached_tokens == 64
+
+
+@pytest.fixture
+def kv_engine_under_test(tiny_llama_folder, cuda):
+    config = EngineConfig(
+        str(tiny_llama_folder), dtype="float32", device="cuda", num_blocks=64, max_num_seqs=4, max_num_tokens=64
+    )
+    case = EngineCase(lambda changed: Driver(TorchEngine(changed)), config, vocab_size=320, eos_token_ids=(2,))
+    return KVEngineCase(case, device_rows)

@@ -17,9 +17,9 @@ VOCAB = 8
 CPU = torch.device("cpu")
 
 
-def state_of(sampler, prompt=(1, 2), eos=(), **params):
+def state_of(sampler, prompt=(1, 2), eos=(), num_resumed=0, **params):
     wanted = SamplingParams(**{"max_tokens": 9, "temperature": 0.0, **params})
-    return sampler.state(Request(RequestId(1), array("i", prompt), wanted, eos))
+    return sampler.state(Request(RequestId(1), array("i", prompt), wanted, eos, num_resumed=num_resumed))
 
 
 @pytest.fixture
@@ -150,3 +150,39 @@ def test_padding_of_the_vocabulary_is_never_chosen(sampler):
     logits[:, VOCAB:] = 9
     results = sampler.sample(logits, [state_of(sampler), state_of(sampler, temperature=1.0)])
     assert all(result.token_id < VOCAB for result in results)
+
+
+@given(
+    prompt=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=4),
+    output=st.lists(st.integers(0, VOCAB - 1), max_size=6),
+    num_more=st.integers(1, 4),
+    chance=st.randoms(use_true_random=False),
+    temperature=st.sampled_from([0.0, 0.7]),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_resumed_state_is_where_the_first_one_got_to(prompt, output, num_more, chance, temperature):
+    params = {
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.4,
+        "temperature": temperature,
+        "seed": 9,
+    }
+    sampler = Sampler(VOCAB, 0, CPU)
+    whole = state_of(sampler, prompt, **params)
+    for token in output:  # logits that leave no choice
+        forced = torch.full((1, VOCAB), -1e4)
+        forced[0, token] = 1e4
+        assert sampler.sample(forced, [whole])[0].token_id == token
+    resumed = state_of(sampler, (*prompt, *output), num_resumed=len(output), **params)
+    for _ in range(num_more):
+        logits = torch.tensor([[chance.gauss(0, 2) for _ in range(VOCAB)]])
+        first, second = (sampler.sample(logits, [state])[0] for state in (whole, resumed))
+        assert first == second
+
+
+def test_min_tokens_count_from_where_a_request_was_resumed(sampler):
+    state = state_of(sampler, (1, 2, 3, 4), eos=(5,), num_resumed=3, min_tokens=2)
+    logits = torch.zeros(1, VOCAB)
+    logits[0, 5] = 3
+    assert [sampler.sample(logits, [state])[0].token_id == 5 for _ in range(3)] == [False, False, True]

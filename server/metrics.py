@@ -111,6 +111,19 @@ class Metrics:
             "Cached prompt tokens that were predicted, minus those that were found",
             _PREFIX_ERROR_BUCKETS,
         )
+        self.mode_events = self._counters(
+            "trtserve_mode_events", "What the serving mode decided, or fell back to, for a sequence", "event"
+        )
+        self.kv_fetches = self._counters(
+            "trtserve_kv_fetches",
+            "Prompts whose KV a decode worker read: valid, lease_expired, failed",
+            "outcome",
+            "lane",
+        )
+        self.kv_fetched_bytes = self._counters("trtserve_kv_fetched_bytes", "KV bytes that decode workers read", "lane")
+        self.kv_fetch_seconds = self._histogram(
+            "trtserve_kv_fetch_duration_seconds", "From the first read of a prompt's KV to the last", _STAGE_BUCKETS
+        )
         self.loop_delay = self._gauges(
             "trtserve_event_loop_delay_seconds", "How late the last timer of the event loop was"
         ).labels()

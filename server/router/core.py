@@ -39,6 +39,9 @@ _S_PER_PAIR = 20e-6
 """A policy that holds requests back is not asked anew before this time for each pair of held request and worker that it
 weighed has passed: about ten times what weighing costs, so that planning takes a tenth of the time at most."""
 
+_LONGEST_REST_S = 0.01
+"""A longer one would leave workers idle."""
+
 
 @dataclass(slots=True, eq=False)
 class Worker:
@@ -298,7 +301,7 @@ class RoutingCore:
             bookings.append(self._book(assignment, now_s))
         left = len(held) - len(plan.assignments)
         if left and plan.again_at_s is not None:
-            rest_until_s = now_s + min(left, 16) * len(workers) * _S_PER_PAIR
+            rest_until_s = now_s + min(_LONGEST_REST_S, left * len(workers) * _S_PER_PAIR)
             self._rest_until_s[role] = rest_until_s
             self._again_at_s[role] = max(plan.again_at_s, rest_until_s)
         return bool(plan.assignments) and len(held) == WINDOW

@@ -75,9 +75,11 @@ def test_without_prefixes_the_emptier_worker_wins(policy):
     assert placed(assign(policy, [held(1, 200)], workers)) == {1: "w1"}
 
 
-def test_evicting_what_is_stored_is_avoided(policy):
-    full, roomy = worker(0, unused_blocks=0), worker(1, unused_blocks=50)
-    assert placed(assign(policy, [held(1, 200)], [full, roomy])) == {1: "w1"}
+def test_evicting_what_would_be_used_again_is_avoided(policy):
+    fresh, roomy = worker(0, unused_blocks=0, eviction_loss=0.9), worker(1, unused_blocks=50, eviction_loss=0.9)
+    assert placed(assign(policy, [held(1, 200)], [fresh, roomy])) == {1: "w1"}
+    stale = worker(1, unused_blocks=0, eviction_loss=0.05)
+    assert placed(assign(policy, [held(1, 200)], [fresh, stale])) == {1: "w1"}
 
 
 def test_a_worker_without_kv_space_is_the_last_choice(policy):
@@ -167,6 +169,7 @@ def situations(draw):
                 queued_prompts=draw(st.integers(1, 5)) if queued else 0,
                 unused_blocks=draw(st.integers(0, 2000)),
                 free_blocks=draw(st.integers(-100, 2000)),
+                eviction_loss=draw(st.floats(0, 1)),
                 decode_ms=draw(st.floats(0, 100)),
                 decode_slope_ms=draw(st.floats(0, 100)),
             )

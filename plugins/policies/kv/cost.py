@@ -10,14 +10,15 @@ the wait of m decoding sequences:
     later    = T(n) * (prompts planned behind it) + w(1) * (their passes, which stall its decoding)
     slow     = w(1) * G * (D'(u) * (L + G/2) / KV tokens * active / 2 + D(u) - D(0))
     memory   = G * d * (share of the worker's KV that is lacking)       others must finish first
-    evict    = (blocks needed beyond the unused ones) * worth of a block
+    evict    = (blocks needed beyond the unused ones) * worth of a block * chance that those were worth it
     reuse    = c * worth of a block
     cost     = begin - now + min(join, apart) + later + slow + memory + evict - reuse
 
     w(m)     = decode * m / (1 + decode * m / limit)
 
 G: expected output tokens; u: share of the worker's KV that its requests use; the worth of a block: the time to compute
-it in a full pass, times the chance that it would be. Everything is clamped to where it was fitted.
+it in a full pass, times the chance that it would be. What is evicted is old: its chance falls with its age against the age
+at which blocks are used again. Everything is clamped to where it was fitted.
 """
 
 from __future__ import annotations
@@ -115,6 +116,7 @@ class PlannedWorker:
         "block_ms",
         "decode_ms",
         "decoding",
+        "evicted_ms",
         "free_blocks",
         "free_slots",
         "is_open",
@@ -148,6 +150,7 @@ class PlannedWorker:
         self.slowed_ms = slow_ms * (decode_ms - passes.least_decode_ms)
         self.lacking_ms = weights.output_tokens * decode_ms
         self.block_ms = passes.block_ms
+        self.evicted_ms = passes.block_ms * view.eviction_loss
         tokens, self.prompts = view.queued_tokens, view.queued_prompts
         self.decoding = active - view.queued_prompts  # prompts in passes before the last one decode by then
         wait_ms = (view.pass_ends_s - now_s) * 1000
@@ -182,7 +185,7 @@ class PlannedWorker:
             total += self.behind * alone_ms + self.weight * self.behind_ms
         needed = prompt.needed_blocks
         if needed > self.unused_blocks:
-            total += (needed - self.unused_blocks) * self.block_ms
+            total += (needed - self.unused_blocks) * self.evicted_ms
             if needed > self.free_blocks:
                 total += (needed - self.free_blocks) / self.passes.num_blocks * self.lacking_ms
         return total - prompt.reused_blocks * self.block_ms

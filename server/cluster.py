@@ -6,14 +6,29 @@ import asyncio
 import time
 from typing import Any
 
-from trtserve.plugins.api import BlockHash, Finish, OutputSink, Placement, Request, RequestId, Role, TokenIds, WorkerId
+from trtserve.plugins.api import (
+    BlockHash,
+    Finish,
+    HandOver,
+    OutputSink,
+    Placement,
+    Prediction,
+    Request,
+    RequestId,
+    Role,
+    TokenIds,
+    WorkerId,
+)
 from trtserve.plugins.blocks import block_hashes
 from trtserve.server.errors import Overloaded
+from trtserve.server.hand_over import EXTEND_S, ServerHandOver
 from trtserve.server.metrics import Metrics, ServerSample, WorkerSample
 from trtserve.server.requests import LiveRequests
 from trtserve.server.router.core import Booking, IndexCheck
 from trtserve.server.router.router import Router, ServerBooking
+from trtserve.server.router.transfer_times import TransferTimes
 from trtserve.server.workers.client import WorkerClient, WorkerState
+from trtserve.server.workers.kv_messages import KVFetched
 from trtserve.server.workers.pool import WorkerPool
 
 _CHECK_DEADLINE_S = 10.0
@@ -32,6 +47,8 @@ class ServerCluster:
         self._max_seq_len: int | None = None
         self._block_size: int | None = None
         self._explained: dict[RequestId, list[Booking]] = {}
+        self._hand_overs: set[ServerHandOver] = set()
+        self._transfer_times = TransferTimes()
 
     def attach(self, pool: WorkerPool) -> None:
         """The pool that runs what the router places; it needs this object first."""
@@ -44,10 +61,10 @@ class ServerCluster:
 
     # -------------------------------------------------------------- Cluster
 
-    async def place(self, request: Request, role: Role) -> ServerBooking:
+    async def place(self, request: Request, role: Role, moves_kv: bool = False) -> ServerBooking:
         started_s = time.perf_counter()
         try:
-            placement = await self._router.place(request, role)
+            placement = await self._router.place(request, role, moves_kv)
         finally:
             self._route_seconds.observe(time.perf_counter() - started_s)
         explained = self._explained.get(request.id)
@@ -55,11 +72,61 @@ class ServerCluster:
             explained.append(placement.booking)
         return placement
 
-    async def run(self, placement: Placement, request: Request, sink: OutputSink) -> Finish:
-        return await self.pool[placement.worker_id].run(request, sink)
+    async def run(
+        self, placement: Placement, request: Request, sink: OutputSink, hand_over: HandOver | None = None
+    ) -> Finish:
+        client = self.pool[placement.worker_id]
+        if hand_over is None:
+            return await client.run(request, sink)
+        assert isinstance(hand_over, ServerHandOver)
+        hand_over.expect(client)
+        return await client.run(request, sink, keep_kv=True, on_kv=hand_over.on_kv)
+
+    def hand_over(self, request: Request) -> ServerHandOver:
+        return ServerHandOver(request, self)
+
+    def predict(self, request: Request, role: Role) -> Prediction | None:
+        return self._router.predict(request, role)
+
+    def transfer_ms(self, num_tokens: int) -> float:
+        return self._transfer_times.transfer_ms(num_tokens)
+
+    def count(self, event: str) -> None:
+        self._metrics.mode_events.labels(event).inc()
 
     def stop(self, request_id: RequestId) -> None:
         any(client.stop(request_id) for client in self.pool)
+
+    # -------------------------------------------------------------- HandOverListener
+
+    def hand_over_began(self, hand_over: ServerHandOver) -> None:
+        self._hand_overs.add(hand_over)
+
+    def hand_over_ended(self, hand_over: ServerHandOver) -> None:
+        self._hand_overs.discard(hand_over)
+
+    def fetched(self, fetch: KVFetched, is_valid: bool) -> None:
+        """A decode worker has read what it could."""
+        outcome = "valid" if is_valid else "lease_expired" if fetch.ok else "failed"
+        self._metrics.kv_fetches.labels(outcome, fetch.lane).inc()
+        self._metrics.kv_fetched_bytes.labels(fetch.lane).inc(fetch.num_bytes)
+        self._metrics.kv_fetch_seconds.observe(fetch.duration_s)
+        if is_valid:
+            self._transfer_times.observe(fetch.num_bytes, fetch.duration_s)
+
+    def client(self, worker_id: WorkerId) -> WorkerClient:
+        return self.pool[worker_id]
+
+    async def extend_leases(self) -> None:
+        """Keep the leases of live requests from ending. Runs as long as the server does."""
+        while True:
+            await asyncio.sleep(EXTEND_S)
+            leases: dict[WorkerClient, list[int]] = {}
+            for hand_over in self._hand_overs:
+                if hand_over.lease_id and hand_over.source is not None:
+                    leases.setdefault(hand_over.source, []).append(hand_over.lease_id)
+            for client, lease_ids in leases.items():
+                client.kv.extend(lease_ids)
 
     # -------------------------------------------------------------- workers
 
@@ -68,6 +135,9 @@ class ServerCluster:
         infos = self._router.infos()
         self._max_seq_len = min((info.max_seq_len for info in infos), default=None)
         self._block_size = infos[0].block_size if infos else None  # all have one size: the handshake sees to it
+        port = next((client.kv.port for client in self.pool if client.kv.port is not None), None)
+        if port is not None and self._block_size:
+            self._transfer_times.bytes_per_token = port.block_bytes / self._block_size
         self._came.set()
 
     def resync(self, worker_id: WorkerId) -> None:

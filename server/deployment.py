@@ -51,7 +51,8 @@ def make_plan(settings: Settings, manager: PluginManager) -> Plan:
     engine_options = manager.check_options("engine", settings.engine, settings.engine_options)
     router_options = manager.check_options("policy", settings.router, settings.router_options)
     mode = manager.make_mode(
-        settings.mode, ModeConfig(settings.workers, settings.prefill_workers, settings.decode_workers)
+        settings.mode,
+        ModeConfig(settings.workers, settings.prefill_workers, settings.decode_workers, settings.disagg_policy),
     )
     policy = manager.make_policy(settings.router, PolicyConfig(settings.seed, router_options))
     workers = tuple(

@@ -13,6 +13,8 @@ from typing import ClassVar
 
 import orjson
 
+from trtserve.plugins.api import WorkerFailure
+
 
 class ServeError(Exception):
     """Something a client is told of; the subclasses say what. Only they are raised.
@@ -135,7 +137,7 @@ class Overloaded(ServeError):
         }
 
 
-class WorkerLost(ServeError):
+class WorkerLost(ServeError, WorkerFailure):
     """The worker died under the request and no other could take over. Sending it again may well work."""
 
     status = 503

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 
 from trtserve.plugins.api import PassStats, RequestId, WorkerId
+from trtserve.server.kv_peers import KVPeers
 from trtserve.server.router.feed import Change
 from trtserve.server.router.router import Router
 from trtserve.server.workers import wire
@@ -27,6 +28,7 @@ class WorkerReports:
         """`capacity_changed` is called when a worker has come or gone."""
         self._router = router
         self._capacity_changed = capacity_changed
+        self._peers = KVPeers()
         self._early: dict[WorkerId, deque[tuple[int, tuple[Change, ...]] | PassStats]] = {}
 
     # -------------------------------------------------------------- workers come and go
@@ -45,12 +47,14 @@ class WorkerReports:
                 router.learn(worker_id, report)
             else:
                 router.events(worker_id, *report)
+        self._peers.ready(client)
         self._capacity_changed()
         router.plan(client.role)
 
     def worker_gone(self, client: WorkerClient) -> None:
         """Its bookings end as its requests fail."""
         self._router.remove_worker(client.worker_id)
+        self._peers.gone(client)
         self._capacity_changed()
 
     # -------------------------------------------------------------- StepListener

@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     workers: int = Field(1, ge=0, le=1024, description="aggregated workers; 0: they are started by hand")
     prefill_workers: int = Field(1, ge=1, le=1024, description="prefill workers (mode disagg)")
     decode_workers: int = Field(1, ge=1, le=1024, description="decode workers (mode disagg)")
+    disagg_policy: Literal["auto", "always", "never"] = Field(
+        "auto", description="whether prompts are computed on prefill workers: always, never, or where it is cheaper"
+    )
 
     # Engines
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="weights and KV cache")

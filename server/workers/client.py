@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -24,6 +24,8 @@ from trtserve.plugins.api import (
 )
 from trtserve.server.errors import WorkerLost
 from trtserve.server.workers import wire
+from trtserve.server.workers.kv_client import KVClient, OnKV
+from trtserve.server.workers.kv_messages import KVPort
 
 logger = logging.getLogger(__name__)
 
@@ -89,18 +91,21 @@ class WorkerClient:
         self._pushes: dict[int, Callable[[Sequence[int], None], None]] = {}  # the sinks' methods, for the hot path
         self._cancelled: set[int] = set()
         self._send: Callable[[wire.ToWorker], bool] | None = None
+        self.kv = KVClient(worker_id, self.send)
 
     # -------------------------------------------------------------- connection, driven by the pool
 
-    def connected(self, send: Callable[[wire.ToWorker], bool]) -> None:
+    def connected(self, send: Callable[[wire.ToWorker], bool], incarnation: int) -> None:
         """A new incarnation said hello."""
         self._send = send
+        self.kv.connected(incarnation)
         self.steps = 0
         self.load = WorkerLoad()
         self.heard()
 
-    def ready(self, info: EngineInfo) -> None:
+    def ready(self, info: EngineInfo, kv: KVPort | None = None) -> None:
         self.info = info
+        self.kv.port = kv
         self.state = WorkerState.READY
         self.phase = "ready"
         self.last_step_s = time.monotonic()
@@ -117,6 +122,7 @@ class WorkerClient:
             if not run.ended.done():
                 run.ended.set_exception(WorkerLost(f"worker {self.worker_id} was lost: {reason}"))
                 run.ended.exception()  # retrieved: nobody may be waiting any more
+        self.kv.gone(reason)
 
     def heard(self) -> None:
         self.last_heard_s = time.monotonic()
@@ -136,15 +142,30 @@ class WorkerClient:
         """Requests submitted whose end has not been reported; cancelled ones that the worker still holds included."""
         return len(self._runs) + len(self._cancelled)
 
-    async def run(self, request: Request, sink: OutputSink) -> Finish:
+    async def run(
+        self, request: Request, sink: OutputSink, *, keep_kv: bool = False, on_kv: OnKV | None = None
+    ) -> Finish:
         """Submit and wait for the end. Cancelling this call cancels the request on the worker.
+
+        keep_kv: the worker keeps the prompt's KV readable under a lease. If the run then ends with LENGTH, `kv_handle`
+        names all blocks, and the lease is the caller's to give back; `on_kv` hears of each part as it is there. After
+        any other end, the lease is given back here.
 
         Raises WorkerLost when the worker is not there or dies.
         """
+        if not keep_kv:
+            return await self._run(request, sink, is_kept=False)
+        with self.kv.expect(request.id, on_kv) as publication:
+            finish = await self._run(request, sink, is_kept=True)
+            if finish.reason is FinishReason.LENGTH and finish.kv_handle is None and self.kv.port is not None:
+                finish = replace(finish, kv_handle=await publication.take())
+            return finish
+
+    async def _run(self, request: Request, sink: OutputSink, *, is_kept: bool) -> Finish:
         ended: asyncio.Future[Finish] = asyncio.get_running_loop().create_future()
         if not self.num_running:
             self.last_step_s = time.monotonic()
-        if self.state is not WorkerState.READY or not self.send(wire.submit_of(request)):
+        if self.state is not WorkerState.READY or not self.send(wire.submit_of(request, keep_kv=is_kept)):
             raise WorkerLost(f"worker {self.worker_id} is not reachable: {self.phase}")
         self._runs[request.id] = _Run(sink, ended)
         self._pushes[request.id] = sink.push
@@ -160,6 +181,8 @@ class WorkerClient:
 
     def on_heartbeat(self, message: wire.Heartbeat) -> None:
         self.load = message.load
+        if message.kv is not None:
+            self.kv.usage = message.kv
         if message.steps != self.steps:
             self._advanced(message.steps)
 

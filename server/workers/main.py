@@ -12,6 +12,7 @@ from trtserve.plugins.api import Engine, EngineConfig, Role, WorkerId
 from trtserve.plugins.fingerprint import model_fingerprint, tokenizer_fingerprint
 from trtserve.plugins.manager import PluginManager
 from trtserve.server.workers import wire
+from trtserve.server.workers.kv_setup import exchange_options
 from trtserve.server.workers.orphan import die_with_parent
 from trtserve.server.workers.token import worker_token
 from trtserve.server.workers.worker import Worker, WorkerIdentity
@@ -30,7 +31,9 @@ def run_worker(settings: WorkerSettings) -> int:
     def make_engine() -> Engine:
         return manager.make_engine(settings.engine, config)
 
-    worker = Worker(_identity(settings, model_path), make_engine, settings.warm_up_timeout)
+    identity = _identity(settings, model_path)
+    kv = exchange_options(settings, identity.hello, manager)
+    worker = Worker(identity, make_engine, settings.warm_up_timeout, kv)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: worker.stop())
     return worker.run()

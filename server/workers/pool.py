@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
-from trtserve.plugins.api import EngineInfo, Role, WorkerId
+from trtserve.plugins.api import Role, WorkerId
 from trtserve.server.workers import wire
 from trtserve.server.workers.client import StepListener, WorkerClient, WorkerState
+from trtserve.server.workers.kv_messages import KVFetched, KVPublished, KVReleased
 
 logger = logging.getLogger(__name__)
 
-_Report = TypeVar("_Report", wire.Step, wire.Blocks)
+_Report = TypeVar("_Report", wire.Step, wire.Blocks, KVPublished)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,13 @@ class WorkerPool:
                 client.phase = message.phase
                 logger.info("%s: %s", client.worker_id, message.phase)
             case wire.Ready():
-                self._ready(identity, client, message.info)
+                self._ready(identity, client, message)
+            case KVPublished():
+                self._report(client, client.kv.on_published, message)
+            case KVReleased():
+                client.kv.on_released(message)
+            case KVFetched():
+                client.kv.on_fetched(message)
             case wire.Failed():
                 self.gone(client, message.reason)
 
@@ -127,7 +134,7 @@ class WorkerPool:
             self.gone(client, "another process took its place")
         client.state = WorkerState.STARTING
         self._by_identity[identity] = client
-        client.connected(partial(self._send, identity))
+        client.connected(partial(self._send, identity), hello.incarnation)
         self._listener.worker_connected(client)
         self._send(identity, wire.Welcome())
 
@@ -149,19 +156,16 @@ class WorkerPool:
             return f"it is a {hello.role} worker, {hello.worker_id} is a {client.role} worker"
         return None
 
-    def _ready(self, identity: bytes, client: WorkerClient, info: EngineInfo) -> None:
-        for other in self._clients.values():
-            if other is not client and other.info is not None and other.info.block_size != info.block_size:
-                reason = (
-                    f"its KV blocks hold {info.block_size} tokens, those of {other.worker_id} {other.info.block_size}; "
-                    "prefix routing needs one size"
-                )
-                logger.error("refused worker %s: %s", client.worker_id, reason)
-                self._send(identity, wire.Refused(reason))
-                del self._by_identity[identity]  # it ends by itself, with the exit code of a refusal
-                self.gone(client, reason)
-                return
-        client.ready(info)
+    def _ready(self, identity: bytes, client: WorkerClient, ready: wire.Ready) -> None:
+        reason = self._objection_to_blocks(client, ready)
+        if reason is not None:
+            logger.error("refused worker %s: %s", client.worker_id, reason)
+            self._send(identity, wire.Refused(reason))
+            del self._by_identity[identity]  # it ends by itself, with the exit code of a refusal
+            self.gone(client, reason)
+            return
+        info = ready.info
+        client.ready(info, ready.kv)
         logger.info(
             "%s: ready, %d KV blocks of %d tokens, %d sequences at once, %d tokens each",
             client.worker_id,
@@ -171,6 +175,22 @@ class WorkerPool:
             info.max_seq_len,
         )
         self._listener.worker_ready(client)
+
+    def _objection_to_blocks(self, client: WorkerClient, ready: wire.Ready) -> str | None:
+        for other in self._clients.values():
+            if other is client or other.info is None:
+                continue
+            if other.info.block_size != ready.info.block_size:
+                return (
+                    f"its KV blocks hold {ready.info.block_size} tokens, those of {other.worker_id} "
+                    f"{other.info.block_size}; prefix routing needs one size"
+                )
+            if ready.kv is not None and other.kv.port is not None and ready.kv.layout != other.kv.port.layout:
+                return (
+                    f"its KV has the layout {ready.kv.layout}, that of {other.worker_id} {other.kv.port.layout}; start "
+                    "all workers with one model, dtype, block size and engine, or without disaggregation"
+                )
+        return None
 
 
 def _not_connected(identity: bytes, message: wire.ToWorker) -> bool:

@@ -2,7 +2,8 @@
 
 One ZeroMQ message is one msgpack array, of a tagged union (msgspec checks types while decoding; nothing is ever
 unpickled and no class is looked up by name). Token ids are packed int32, request ids and block hashes packed uint64,
-all little-endian. A change here changes `WIRE_VERSION` and docs/wire.md.
+all little-endian. A change here changes `WIRE_VERSION` and docs/wire.md. The messages of the KV hand-over are in
+`kv_messages`.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from trtserve.plugins.api import (
     WorkerId,
     WorkerLoad,
 )
+from trtserve.server.workers.kv_messages import KVFromWorker, KVPort, KVToWorker, KVUsage
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 """Either side closes the connection of a peer that sends more."""
@@ -73,9 +75,11 @@ class Progress(msgspec.Struct, tag="progress", frozen=True, array_like=True):
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True, array_like=True):
-    """The engine has generated a real token; requests may come."""
+    """The engine has generated a real token; requests may come. Without `kv` the worker takes no part in the KV
+    hand-over."""
 
     info: EngineInfo
+    kv: KVPort | None = None
 
 
 class Heartbeat(msgspec.Struct, tag="alive", frozen=True, array_like=True):
@@ -84,6 +88,7 @@ class Heartbeat(msgspec.Struct, tag="alive", frozen=True, array_like=True):
 
     steps: int
     load: WorkerLoad
+    kv: KVUsage | None = None
 
 
 class Stored(msgspec.Struct, tag="stored", frozen=True, array_like=True):
@@ -153,7 +158,7 @@ class Failed(msgspec.Struct, tag="failed", frozen=True, array_like=True):
     reason: str
 
 
-FromWorker: TypeAlias = Hello | Progress | Ready | Heartbeat | Step | Blocks | Failed
+FromWorker: TypeAlias = Hello | Progress | Ready | Heartbeat | Step | Blocks | KVFromWorker | Failed
 
 
 # ------------------------------------------------------------------ server -> worker
@@ -175,6 +180,8 @@ class Submit(msgspec.Struct, tag="submit", frozen=True, array_like=True):
     sampling: SamplingParams
     eos_token_ids: tuple[int, ...]
     cache_salt: str = ""
+    keep_kv: bool = False  # keep the prompt's KV blocks readable for other workers: `KVPublished` tells of them
+    num_resumed: int = 0  # as `Request.num_resumed`
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True, array_like=True):
@@ -189,7 +196,7 @@ class Shutdown(msgspec.Struct, tag="shutdown", frozen=True, array_like=True):
     """End now: the server has finished or given up what was running."""
 
 
-ToWorker: TypeAlias = Welcome | Refused | Submit | Cancel | Resync | Shutdown
+ToWorker: TypeAlias = Welcome | Refused | Submit | Cancel | Resync | KVToWorker | Shutdown
 
 _encoder = msgspec.msgpack.Encoder()
 _from_worker = msgspec.msgpack.Decoder(FromWorker)
@@ -224,20 +231,32 @@ def decode_to_worker(data: bytes) -> ToWorker:
 # ------------------------------------------------------------------ domain <-> messages
 
 
-def submit_of(request: Request) -> Submit:
-    return Submit(request.id, request.prompt.tobytes(), request.sampling, request.eos_token_ids, request.cache_salt)
+def submit_of(request: Request, *, keep_kv: bool = False) -> Submit:
+    return Submit(
+        request.id,
+        request.prompt.tobytes(),
+        request.sampling,
+        request.eos_token_ids,
+        request.cache_salt,
+        keep_kv,
+        request.num_resumed,
+    )
 
 
 def request_of(message: Submit) -> Request:
-    """Raises WireError where the packed prompt is not a whole, non-empty number of token ids."""
+    """Raises WireError where the packed prompt is not a whole, non-empty number of token ids, or none of them would be
+    a prompt's."""
     if not message.prompt or len(message.prompt) % 4:
         raise WireError(f"a prompt of {len(message.prompt)} bytes is not a non-empty array of int32")
+    if not 0 <= message.num_resumed < len(message.prompt) // 4:
+        raise WireError(f"{message.num_resumed} of {len(message.prompt) // 4} prompt tokens cannot be resumed output")
     return Request(
         message.request_id,
         token_ids_of(message.prompt),
         message.sampling,
         message.eos_token_ids,
         cache_salt=message.cache_salt,
+        num_resumed=message.num_resumed,
     )
 
 

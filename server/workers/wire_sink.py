@@ -69,9 +69,13 @@ class Outbox:
 class WireSink:
     """The EngineSink of a worker: packs each step in the engine's thread, and remembers which blocks are stored."""
 
-    def __init__(self, outbox: Outbox, warm_up: WarmUpWatch) -> None:
+    def __init__(
+        self, outbox: Outbox, warm_up: WarmUpWatch, after_step: Callable[[StepOutputs], None] | None = None
+    ) -> None:
+        """after_step: called with each step, in the engine's thread, once its message is queued."""
         self._outbox = outbox
         self._warm_up = warm_up
+        self._after_step = after_step
         self._mirror = BlockMirror()
         self.steps = 0
         self.load = WorkerLoad()
@@ -79,6 +83,8 @@ class WireSink:
 
     def push(self, step: StepOutputs) -> None:
         self._outbox.put(lambda: self._next_step(step))
+        if self._after_step is not None:
+            self._after_step(step)
         # Only now: Ready, which the end of the warm-up brings about, comes after the warm-up's last step.
         self._warm_up.see(step)
 

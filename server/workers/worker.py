@@ -19,6 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from trtserve.plugins.api import Engine
 from trtserve.server.workers import wire
+from trtserve.server.workers.kv_exchange import ExchangeOptions, KVExchange
 from trtserve.server.workers.warm_up import WarmUp, WarmUpWatch
 from trtserve.server.workers.wire_sink import OUTBOX_LIMIT, Outbox, WireSink
 
@@ -45,16 +46,24 @@ class Worker:
     """Runs the process; `run` returns the exit code.
 
     `make_engine` is called after the server said welcome. warm_up_s: how long after its first token the engine may go
-    on with the warm-up's probes (`warm_up.WarmUp`).
+    on with the warm-up's probes (`warm_up.WarmUp`). kv: how it takes part in the KV hand-over; None if it does not.
     """
 
-    def __init__(self, identity: WorkerIdentity, make_engine: Callable[[], Engine], warm_up_s: float = 10.0) -> None:
+    def __init__(
+        self,
+        identity: WorkerIdentity,
+        make_engine: Callable[[], Engine],
+        warm_up_s: float = 10.0,
+        kv: ExchangeOptions | None = None,
+    ) -> None:
         self._identity = identity
         self._make_engine = make_engine
         self._warm_up_s = warm_up_s
         self._outbox = Outbox()
         self._watch = WarmUpWatch()
-        self._sink = WireSink(self._outbox, self._watch)
+        # Nothing of the hand-over waits for room: it answers the server, which gets no answers while it does not read.
+        self._kv = KVExchange(kv, lambda message: self._outbox.put_at_once(lambda: message))
+        self._sink = WireSink(self._outbox, self._watch, self._kv.after_step)
         self._engine: Engine | None = None
         self._starting: threading.Thread | None = None
         self._exit_code: int | None = None
@@ -123,7 +132,7 @@ class Worker:
         now_s = time.monotonic()
         if self._starting is not None and now_s >= self._next_heartbeat_s:
             self._next_heartbeat_s = now_s + _HEARTBEAT_S
-            socket.send(wire.encode(wire.Heartbeat(self._sink.steps, self._sink.load)))
+            socket.send(wire.encode(wire.Heartbeat(self._sink.steps, self._sink.load, self._kv.usage())))
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
         is_resync_due = False  # one answer serves all who asked in one turn
@@ -139,10 +148,10 @@ class Worker:
         if is_resync_due:
             self._sink.push_blocks()
 
-    def _handle(self, message: wire.Submit | wire.Cancel | wire.Welcome | wire.Refused | wire.Shutdown) -> None:
+    def _handle(self, message: wire.ToWorker) -> None:
         match message:
             case wire.Submit():
-                self._running_engine().submit(wire.request_of(message))
+                self._submit(message)
             case wire.Cancel():
                 self._running_engine().cancel(message.request_id)
             case wire.Welcome():
@@ -153,6 +162,16 @@ class Worker:
                 self._exit_code = EXIT_REFUSED
             case wire.Shutdown():
                 self._exit_code = EXIT_OK
+            case wire.Resync():
+                self._sink.push_blocks()
+            case _:
+                self._kv.handle(message)
+
+    def _submit(self, message: wire.Submit) -> None:
+        engine, request = self._running_engine(), wire.request_of(message)
+        if message.keep_kv:
+            self._kv.expect(request)
+        engine.submit(request)
 
     def _running_engine(self) -> Engine:
         if self._engine is None:
@@ -168,16 +187,18 @@ class Worker:
             self._engine = engine
             self._sink.progress("warming up")
             WarmUp(engine, info, self._watch, self._warm_up_s).run()
+            port = self._kv.start(engine, info)
         except BaseException as error:
             if self._exit_code is None:  # else the engine was closed under the warm-up, on purpose
                 self._sink.fail(error)
             return
         if not self._sink.failed.is_set():
-            self._outbox.put(lambda: wire.Ready(info))
+            self._outbox.put(lambda: wire.Ready(info, port))
 
     def _close_engine(self) -> None:
         if self._engine is not None and not self._sink.failed.is_set():
             self._engine.close()
+        self._kv.close()  # only now: the engine writes to the rows
 
 
 def _says_disconnected(monitor: zmq.Socket[bytes]) -> bool:

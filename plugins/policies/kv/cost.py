@@ -17,8 +17,8 @@ the wait of m decoding sequences:
     w(m)     = decode * m / (1 + decode * m / limit)
 
 G: expected output tokens; u: share of the worker's KV that its requests use; the worth of a block: the time to compute
-it in a full pass, times the chance that it would be. What is evicted is old: its chance falls with its age against the age
-at which blocks are used again. Everything is clamped to where it was fitted.
+it in a full pass, times the chance that it would be. What is evicted is old: its chance falls with its age against the
+age at which blocks are used again. Everything is clamped to where it was fitted.
 """
 
 from __future__ import annotations

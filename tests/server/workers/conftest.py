@@ -223,3 +223,20 @@ def run(server):
         one.worker.stop()
         one._thread.join(10)
         assert not one._thread.is_alive()
+
+
+@pytest.fixture
+async def sites(tmp_path, monkeypatch):
+    """Workers that hand KV to each other."""
+    monkeypatch.setattr("trtserve.server.workers.worker._HEARTBEAT_S", 0.03)  # tests wait for what heartbeats say
+    from tests.server.workers.kv_sites import IntroducingListener, Sites
+
+    listener = IntroducingListener()
+    pool = WorkerPool(Expectation("token", "model", "tokenizer"), listener)
+    context = zmq.Context(io_threads=1)
+    with Link(f"ipc://{tmp_path}/socket", pool.on_message, lambda: None) as link:
+        pool.attach(link.send)
+        sites = Sites(House(pool, listener, link, context, []), tmp_path)
+        yield sites
+        await asyncio.to_thread(sites.end)
+    context.destroy(linger=0)

@@ -1,6 +1,7 @@
 """Hypothesis strategies for everything that crosses the wire."""
 
 from array import array
+from dataclasses import replace
 
 from hypothesis import strategies as st
 
@@ -24,6 +25,8 @@ from trtserve.plugins.api import (
     WorkerId,
     WorkerLoad,
 )
+from trtserve.plugins.transfer_api import PeerInfo
+from trtserve.server.workers import kv_messages as kv
 from trtserve.server.workers import wire
 
 INT32 = st.integers(-(2**31), 2**31 - 1)
@@ -46,14 +49,12 @@ STATS = st.builds(PassStats, FLOAT, COUNT, COUNT, COUNT)
 LOGPROB = st.builds(TokenLogprob, INT32, FLOAT, st.lists(st.tuples(INT32, FLOAT), max_size=3).map(tuple))
 HANDLE = st.builds(
     KVHandle,
-    INT64,
+    st.integers(0, 2**63 - 1),
     NAME,
-    INT64,
-    COUNT,
-    st.lists(COUNT, max_size=3).map(tuple),
-    st.lists(HASH, max_size=3).map(tuple),
-    TEXT,
-    TEXT,
+    st.integers(0, 2**63 - 1),
+    st.integers(0, 2**31 - 1),
+    st.lists(st.integers(0, 2**31 - 1), max_size=3).map(tuple),
+    st.booleans(),
     st.binary(max_size=9),
 )
 SAMPLING = st.builds(
@@ -73,7 +74,7 @@ REQUEST = st.builds(
     SAMPLING,
     st.lists(INT32, max_size=3).map(tuple),
     cache_salt=TEXT,
-)
+).map(lambda request: replace(request, num_resumed=len(request.prompt) // 2))
 BLOCK = st.builds(StoredBlock, HASH, TOKENS.map(lambda ids: array("i", ids)))
 EVENT = st.one_of(
     st.builds(KVStored, st.none() | HASH, st.lists(BLOCK, max_size=3).map(tuple)),
@@ -101,20 +102,43 @@ STEP = st.builds(
 HELLO = st.builds(
     wire.Hello, COUNT, NAME, st.integers(0, 2**63 - 1), TEXT, COUNT, st.sampled_from(Role), TEXT, TEXT, TEXT, TEXT
 )
+SMALL_COUNT = st.integers(0, 2**31 - 1)
+ID = st.integers(0, 2**63 - 1)
+SECONDS = st.floats(min_value=0, allow_nan=False)
+ROWS = st.lists(SMALL_COUNT, max_size=5).map(kv.pack_rows)
+PEER = st.builds(PeerInfo, NAME, ID, TEXT, TEXT, COUNT, COUNT, TEXT, TEXT, TEXT)
+EXPORTS = st.lists(st.tuples(st.sampled_from(["shm", "ucx"]), st.binary(max_size=9)), max_size=2).map(tuple)
+PORT = st.builds(kv.KVPort, TEXT, st.integers(1, 2**40), st.integers(1, 2**22), PEER, EXPORTS)
+USAGE = st.builds(kv.KVUsage, **dict.fromkeys(kv.KVUsage.__struct_fields__, SMALL_COUNT))
 FROM_WORKER = st.one_of(
     HELLO,
     st.builds(wire.Progress, TEXT),
-    st.builds(wire.Ready, INFO),
-    st.builds(wire.Heartbeat, COUNT, LOAD),
+    st.builds(wire.Ready, INFO, st.none() | PORT),
+    st.builds(wire.Heartbeat, COUNT, LOAD, st.none() | USAGE),
     st.builds(wire.step_of, COUNT, COUNT, STEP),
     st.builds(wire.blocks_of, COUNT, st.sets(HASH, max_size=5)),
+    st.builds(kv.KVPublished, REQUEST_ID, ID, SMALL_COUNT, ROWS, st.booleans()),
+    st.builds(kv.KVReleased, ID, st.booleans()),
+    st.builds(kv.KVFetched, REQUEST_ID, st.booleans(), SMALL_COUNT, COUNT, SECONDS, TEXT, TEXT),
     st.builds(wire.Failed, TEXT),
 )
 TO_WORKER = st.one_of(
     st.just(wire.Welcome()),
     st.builds(wire.Refused, TEXT),
-    REQUEST.map(wire.submit_of),
+    st.builds(lambda request, keep_kv: wire.submit_of(request, keep_kv=keep_kv), REQUEST, st.booleans()),
     st.builds(wire.Cancel, REQUEST_ID),
+    st.builds(kv.KVPeer, NAME, ID, TEXT, PEER, EXPORTS),
+    st.builds(kv.KVPeerGone, NAME, ID),
+    st.builds(
+        lambda request, handle, is_first: kv.fetch_of(request, handle, is_first=is_first),
+        REQUEST,
+        HANDLE,
+        st.booleans(),
+    ),
+    st.builds(kv.KVCommit, REQUEST_ID, st.booleans()),
+    st.builds(kv.KVAbort, REQUEST_ID),
+    st.builds(kv.KVExtend, st.lists(ID, max_size=3).map(tuple)),
+    st.builds(kv.KVRelease, ID),
     st.just(wire.Resync()),
     st.just(wire.Shutdown()),
 )

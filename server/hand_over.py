@@ -1,0 +1,148 @@
+"""One request's KV on its way from a prefill worker to a decode worker, as the server conducts it.
+
+The prefill worker publishes rows under a lease; the decode worker is told to read them; when it has, the lease is given
+back, and only if it had held until then is what was read used. Bytes never pass through the server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from types import TracebackType
+from typing import Protocol, Self
+
+from trtserve.plugins.api import KVHandle, Placement, Request, WorkerId
+from trtserve.server.errors import WorkerLost
+from trtserve.server.workers.client import WorkerClient
+from trtserve.server.workers.kv_messages import KVFetched
+
+logger = logging.getLogger(__name__)
+
+EXTEND_S = 5.0
+"""Leases of live requests are extended so often, a sixth of what they last."""
+
+_FETCH_DEADLINE_S = 35.0  # a worker ends its own reads within 30 s
+_RELEASE_DEADLINE_S = 2.0
+
+
+class HandOverListener(Protocol):
+    """Who keeps the live hand-overs and counts what they moved (the cluster)."""
+
+    def hand_over_began(self, hand_over: ServerHandOver) -> None: ...
+
+    def hand_over_ended(self, hand_over: ServerHandOver) -> None: ...
+
+    def fetched(self, fetch: KVFetched, is_valid: bool) -> None: ...
+
+    def client(self, worker_id: WorkerId) -> WorkerClient: ...
+
+
+class ServerHandOver:
+    """Implements `HandOver`. On the event loop; whoever enters it leaves it."""
+
+    def __init__(self, request: Request, listener: HandOverListener) -> None:
+        self._request = request
+        self._listener = listener
+        self._source: WorkerClient | None = None
+        self._handles: list[KVHandle] = []
+        self._published = asyncio.Event()
+        self._target: WorkerClient | None = None
+        self._is_fetching = False
+        self._has_moved = False
+        self.lease_id = 0  # held by `source`; 0: none
+
+    async def __aenter__(self) -> Self:
+        self._listener.hand_over_began(self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._listener.hand_over_ended(self)
+        self._abort()
+        self._drop_lease()
+
+    @property
+    def source(self) -> WorkerClient | None:
+        """The worker that has the blocks."""
+        return self._source
+
+    # -------------------------------------------------------------- the prefill worker's side
+
+    def expect(self, source: WorkerClient) -> None:
+        """The prompt is computed there now; what another worker published counts no longer."""
+        self._abort()
+        self._drop_lease()
+        self._source, self._handles = source, []
+        self._published.clear()
+
+    def on_kv(self, handle: KVHandle) -> None:
+        """A part of the prompt can be read."""
+        self.lease_id = handle.lease_id
+        self._handles.append(handle)
+        self._published.set()
+        if self._target is not None:
+            self._fetch(handle)
+
+    async def published(self) -> None:
+        await self._published.wait()
+
+    # -------------------------------------------------------------- the decode worker's side
+
+    def begin(self, decode: Placement) -> None:
+        target = self._listener.client(decode.worker_id)
+        if target is self._target:
+            return
+        self._abort()
+        self._target = target
+        for handle in self._handles:
+            self._fetch(handle)
+
+    async def complete(self) -> bool:
+        target, source, lease_id = self._target, self._source, self.lease_id
+        if not lease_id and self._handles and self._handles[-1].is_final and not self._has_moved:
+            return True  # a prompt without a full block: there is nothing to move
+        if target is None or source is None or not self._is_fetching or not lease_id:
+            self._abort()
+            return False
+        try:
+            fetch = await target.kv.fetched(self._request.id, _FETCH_DEADLINE_S)
+        except TimeoutError:
+            logger.warning("%s did not end its fetch of request %d", target.worker_id, self._request.id)
+            self._abort()
+            return False
+        self.lease_id = 0
+        self._has_moved = True
+        is_valid = await self._release(source, lease_id) and fetch.ok
+        self._is_fetching = False
+        target.kv.commit(self._request.id, is_valid)
+        self._listener.fetched(fetch, is_valid)
+        return is_valid
+
+    def _fetch(self, handle: KVHandle) -> None:
+        assert self._target is not None
+        if not self.lease_id:
+            return  # given back: its rows may hold anything by now
+        try:
+            self._target.kv.fetch(self._request, handle)
+            self._is_fetching = True
+        except WorkerLost:
+            self._is_fetching = False  # `run` says so where it matters
+
+    async def _release(self, source: WorkerClient, lease_id: int) -> bool:
+        try:
+            return await source.kv.release(lease_id, _RELEASE_DEADLINE_S)
+        except WorkerLost:
+            # What a worker had published before it died is whole, but nobody can say that its lease still held.
+            return False
+
+    def _abort(self) -> None:
+        if self._is_fetching and self._target is not None:
+            self._target.kv.abort(self._request.id)
+        self._is_fetching = False
+        self._target = None
+
+    def _drop_lease(self) -> None:
+        lease_id, self.lease_id = self.lease_id, 0
+        if lease_id and self._source is not None:
+            self._source.kv.drop(lease_id)

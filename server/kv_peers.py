@@ -1,0 +1,43 @@
+"""Which worker may read which other one's KV: every decode worker is told of every prefill worker, as both are ready,
+so that connections are up before the first request needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from trtserve.plugins.api import Role
+from trtserve.server.workers.client import WorkerClient
+from trtserve.server.workers.kv_messages import KVPeer, KVPeerGone
+
+
+class KVPeers:
+    """Tells workers of each other. A worker without a KV port takes no part."""
+
+    def __init__(self) -> None:
+        self._ready: dict[WorkerClient, KVPeer] = {}
+
+    def ready(self, client: WorkerClient) -> None:
+        """A worker takes requests from now on."""
+        port = client.kv.port
+        if port is None:
+            return
+        mine = KVPeer(client.worker_id, client.kv.incarnation, port.layout, port.info, port.exports)
+        for other, theirs in self._ready.items():
+            _introduce(mine, client.role, other)
+            _introduce(theirs, other.role, client)
+        self._ready[client] = mine
+
+    def gone(self, client: WorkerClient) -> None:
+        """It is not there any more; what is read from it fails."""
+        mine = self._ready.pop(client, None)
+        if mine is not None:
+            for other in self._readers():
+                other.send(KVPeerGone(mine.worker_id, mine.incarnation))
+
+    def _readers(self) -> Iterable[WorkerClient]:
+        return (client for client in self._ready if client.role is Role.DECODE)
+
+
+def _introduce(peer: KVPeer, role: Role, reader: WorkerClient) -> None:
+    if role is Role.PREFILL and reader.role is Role.DECODE:
+        reader.send(peer)

@@ -254,7 +254,6 @@ class RoutingCore:
         """A pass that the worker ran before it was ready."""
         worker = self.workers[worker_id]
         worker.tracked.pass_times.observe(stats, worker.view.kv_tokens)
-        worker.view.pass_times = worker.tracked.pass_times.times
 
     def prompt_done(self, worker_id: WorkerId, request_id: RequestId, cached_tokens: int) -> Booking | None:
         """A request got its first token. None where it is not booked there (any more)."""
@@ -312,9 +311,8 @@ class RoutingCore:
         times = self.pass_times(held[0].role).times
         for worker in workers:
             worker.tracked.observe(now_s)
-            view = worker.tracked.view
-            view.pass_times = times
-            views.append(view)
+            worker.tracked.use(times)
+            views.append(worker.tracked.view)
         state = RoutingState(now_s, views, estimates)
         plan = self.policy.assign(held, state)
         if self._recorder is not None and plan.assignments:

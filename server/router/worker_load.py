@@ -11,7 +11,7 @@ from collections import deque
 from dataclasses import dataclass
 
 from trtserve.plugins.api import PassStats, Request, WorkerLoad
-from trtserve.plugins.routing_api import LONG_AGO_S, WorkerView
+from trtserve.plugins.routing_api import LONG_AGO_S, PassTimes, WorkerView
 from trtserve.server.router.speeds import PassTimeModel
 
 _START_S = 0.0002
@@ -120,6 +120,12 @@ class TrackedLoad:
         if self._starts_s is not None and now_s > self._starts_s + _START_S:
             began_s, self._starts_s = self._starts_s, None
             self._begin_pass(began_s, False)
+
+    def use(self, times: PassTimes) -> None:
+        """Estimate with these from now on; the newest are the same for all workers of a role."""
+        if self.view.pass_times is not times:
+            self.view.pass_times = times
+            self._set_decode_times()
 
     def expected_ms(self, new_tokens: int, now_s: float) -> tuple[float, float]:
         """(until a prompt sent now could begin, its passes) for so many tokens to compute; call `observe` before."""

@@ -157,6 +157,16 @@ def test_what_is_stored_is_not_unused(core):
     assert core.workers[A].view.unused_blocks == 100 - 40 - 3
 
 
+def test_what_a_warm_up_taught_counts_for_every_idle_worker_alike(core):
+    """An idle worker costs the passes of the prompt, whatever was believed of speeds when it came."""
+    for length in (8, 32, 64):
+        core.learn(A, PassStats(0.2 + length / 100, length, 0, 0))
+    for context in (8, 64, 64):
+        core.learn(A, PassStats(0.1, 0, 1, context))
+    booking = place(core, request(1, range(20)))
+    assert booking.cost_ms == pytest.approx(400, rel=0.05)
+
+
 def test_the_description_is_plain_data(core):
     place(core, request(1, range(20)))
     state = describe(core, "kv_arrival", 1.0)

@@ -102,7 +102,8 @@ class ServerHandOver:
         target, source, lease_id = self._target, self._source, self.lease_id
         if not lease_id and self._handles and self._handles[-1].is_final and not self._has_moved:
             return True  # a prompt without a full block: there is nothing to move
-        if target is None or source is None or not self._is_fetching or not lease_id:
+        is_whole = bool(self._handles) and self._handles[-1].is_final  # else the worker was lost on the way
+        if target is None or source is None or not self._is_fetching or not lease_id or not is_whole:
             self._abort()
             return False
         try:

@@ -193,8 +193,10 @@ class RoutingCore:
         """What the worker of a role that could compute this prompt first would need for it; None if there is none."""
         overlaps = self.index.overlaps(request.block_hashes) if request.block_hashes else {}
         best: Prediction | None = None
+        times = self.pass_times(role).times
         for worker in self.of_role(role):
             worker.tracked.observe(now_s)
+            worker.tracked.use(times)
             view = worker.view
             size = view.info.block_size
             cached = min(overlaps.get(view.slot, 0), (len(request.prompt) - 1) // size) * size

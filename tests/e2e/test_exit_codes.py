@@ -61,9 +61,7 @@ def test_all_bad_settings_at_once(sim_model):
     assert "70000" in output
 
 
-@pytest.mark.parametrize(
-    ("flag", "name"), [("--mode", "disagg"), ("--router", "kv"), ("--engine", "tensorrt_llm"), ("--transfer", "ucx")]
-)
+@pytest.mark.parametrize(("flag", "name"), [("--engine", "tensorrt_llm"), ("--transfer", "cupy_ipc")])
 def test_what_this_version_does_not_have(sim_model, flag, name):
     code, output = run_to_its_end(*sim_arguments(sim_model, flag, name))
     assert code == 2

@@ -167,6 +167,17 @@ def test_what_a_warm_up_taught_counts_for_every_idle_worker_alike(core):
     assert booking.cost_ms == pytest.approx(400, rel=0.05)
 
 
+def test_a_prediction_is_the_first_workers_that_could_compute_the_prompt(core):
+    for length in (8, 32, 64):
+        core.learn(A, PassStats(length / 100, length, 0, 0))
+    one = request(1, range(40))
+    core.events(B, 0, [stored(*one.block_hashes[:5])], 1.0)
+    found = core.predict(one, Role.AGG, 1.0)
+    assert (found.new_tokens, found.wait_ms, found.decoding) == (20, 0.0, 0)
+    assert found.compute_ms == pytest.approx(200, rel=0.1)
+    assert core.predict(one, Role.DECODE, 1.0) is None
+
+
 def test_the_description_is_plain_data(core):
     place(core, request(1, range(20)))
     state = describe(core, "kv_arrival", 1.0)

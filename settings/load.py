@@ -53,7 +53,22 @@ def load_settings(model: type[AnySettings], arguments: Sequence[str]) -> AnySett
         raise SettingsError("\n".join(_heading([*describe(error, config_path), *unknown]))) from None
     if unknown:
         raise SettingsError("\n".join(_heading(unknown)))
+    transfer = _transfer_of_the_environment()
+    if transfer is not None and "transfer" not in settings.model_fields_set:
+        return settings.model_copy(update={"transfer": transfer})
     return settings
+
+
+TRANSFER_VARIABLES = {"TRTLLM_USE_UCX_KVCACHE": "ucx", "TRTLLM_USE_NIXL_KVCACHE": "nixl"}
+"""By which TensorRT-LLM's own examples choose the KV transfer; 1 means yes. A setting of ours comes first."""
+
+
+def _transfer_of_the_environment() -> str | None:
+    """Raises SettingsError where two are asked for."""
+    asked = [name for name in TRANSFER_VARIABLES if os.environ.get(name, "0") == "1"]
+    if len(asked) > 1:
+        raise SettingsError(f"{' and '.join(asked)} are both 1; set one of them, or --transfer")
+    return TRANSFER_VARIABLES[asked[0]] if asked else None
 
 
 def _unknown_variables() -> list[str]:

@@ -174,3 +174,23 @@ def test_settings_do_not_change(load):
 def test_every_setting_tells_what_it_means():
     for name, field in WorkerSettings.model_fields.items():
         assert field.description, name
+
+
+@pytest.mark.parametrize(
+    ("variable", "transfer"), [("TRTLLM_USE_UCX_KVCACHE", "ucx"), ("TRTLLM_USE_NIXL_KVCACHE", "nixl")]
+)
+def test_tensorrt_llms_own_variables_choose_the_transfer(load, monkeypatch, variable, transfer):
+    monkeypatch.setenv(variable, "0")
+    assert load().transfer == "auto"
+    monkeypatch.setenv(variable, "1")
+    assert load().transfer == transfer
+    assert load("--transfer", "shm").transfer == "shm"
+    monkeypatch.setenv("TRTSERVE_TRANSFER", "auto")
+    assert load().transfer == "auto"
+
+
+def test_two_transfers_at_once_are_an_error(load, monkeypatch):
+    monkeypatch.setenv("TRTLLM_USE_UCX_KVCACHE", "1")
+    monkeypatch.setenv("TRTLLM_USE_NIXL_KVCACHE", "1")
+    with pytest.raises(SettingsError, match="TRTLLM_USE_UCX_KVCACHE and TRTLLM_USE_NIXL_KVCACHE are both 1"):
+        load()

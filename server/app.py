@@ -230,7 +230,7 @@ class Server:
         workers = ", ".join(client.worker_id for client in self._pool)
         body = (
             f'{{"model": "{self._model_name}", "stream": true, "temperature": 0, "max_tokens": 100, '
-            '"messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+            '"messages": [{"role": "user", "content": "Name the capital of France."}]}'
         )
         return (
             f"\ntrtserve {version('trtserve')}: {self._model_name}, mode {self._settings.mode}, "

@@ -71,8 +71,8 @@ def test_what_this_version_does_not_have(sim_model, flag, name):
 def test_what_nobody_has(sim_model):
     code, output = run_to_its_end(*sim_arguments(sim_model, "--router", "psychic", "--mode", "depressed"))
     assert code == 2
-    assert "there is no policy 'psychic'; there are: least_loaded, random, round_robin" in output
-    assert "there is no mode 'depressed'; there are: agg" in output
+    assert "there is no policy 'psychic'; there are: kv, kv_arrival, least_loaded, random, round_robin" in output
+    assert "there is no mode 'depressed'; there are: agg, disagg" in output
 
 
 def test_no_workers_and_no_token_for_others(sim_model):

@@ -47,7 +47,7 @@ def test_a_real_model_answers(torch_server: ServerProcess):
     """Greedy, so the same every time."""
     asked = {
         "model": "default",
-        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "messages": [{"role": "user", "content": "Name the capital of France."}],
         "temperature": 0,
         "max_tokens": 16,
     }

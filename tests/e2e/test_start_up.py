@@ -14,7 +14,7 @@ from tests.e2e.process import Serve, ServerProcess, TrtserveProcess, eventually,
 
 def test_the_banner_names_what_is_served_and_its_command_works(server: ServerProcess):
     banner = server.output[server.output.index("trtserve 0.") :]
-    for part in ("sim, mode agg, engine sim, router least_loaded, workers agg-0", f"ready at {server.url} after"):
+    for part in ("sim, mode agg, engine sim, router kv, workers agg-0", f"ready at {server.url} after"):
         assert part in banner
     command = banner[banner.index("curl -N") :].partition("\n\n")[0]
     # The banner's -N is for people who watch; --max-time is for a test that must end.

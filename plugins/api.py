@@ -239,6 +239,7 @@ class EngineInfo:
     max_seq_len: int
     vocab_size: int
     publishes_kv_events: bool = True
+    caches_prefixes: bool = True  # the KV of equal prompt beginnings is reused
     supports_logprobs: bool = True
     max_logprobs: int = 20
 

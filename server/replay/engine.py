@@ -98,6 +98,7 @@ class ReplayedEngine:
             max_seq_len=limits.max_seq_len,
             vocab_size=1 << 31,
             publishes_kv_events=limits.enable_prefix_caching,
+            caches_prefixes=limits.enable_prefix_caching,
         )
 
     def scheduler(self) -> Scheduler:

@@ -7,6 +7,7 @@ the step completed, `pass_ended`; then the ends of requests.
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from trtserve.server.router.index import PrefixIndex, Reservation
 from trtserve.server.router.speeds import PassTimeModel
 from trtserve.server.router.traffic import EvictionAge, Traffic
 from trtserve.server.router.worker_load import Booked, TrackedLoad
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 256
 """So many of the oldest held requests a policy looks at, which bounds the time of one decision."""
@@ -121,7 +124,8 @@ class RoutingCore:
         self._recorder = recorder
         self._resync = resync
         self._pass_times: dict[Role, PassTimeModel] = {}
-        self._held: OrderedDict[RequestId, HeldRequest] = OrderedDict()
+        # A request may be held for two roles at once, while its prefill is tried again.
+        self._held: OrderedDict[tuple[Role, RequestId], HeldRequest] = OrderedDict()
         self.held_tokens = 0
         self._again_at_s: dict[Role, float | None] = {}
         self._rest_until_s: dict[Role, float] = {}
@@ -139,7 +143,7 @@ class RoutingCore:
         feed = routed = None
         if info.publishes_kv_events:
             feed = EventFeed(self.index, slot, lambda: self._resync(worker_id))
-        else:
+        elif info.caches_prefixes:
             routed = RoutedBlocks(self.index, slot, info.num_blocks)
         self.workers[worker_id] = Worker(TrackedLoad(view, model), feed, routed, EvictionAge(self.traffic))
 
@@ -180,12 +184,12 @@ class RoutingCore:
 
     def hold(self, request: Request, role: Role, now_s: float, moves_kv: bool = False) -> None:
         """Put a request at the end of the queue. moves_kv: the KV of its prompt comes from another worker."""
-        self._held[request.id] = HeldRequest(request, role, now_s, self.index.overlaps, moves_kv)
+        self._held[role, request.id] = HeldRequest(request, role, now_s, self.index.overlaps, moves_kv)
         self.held_tokens += len(request.prompt)
 
-    def let_go(self, request_id: RequestId) -> None:
-        """Take a request out of the queue; nothing happens if it is not there."""
-        held = self._held.pop(request_id, None)
+    def let_go(self, request_id: RequestId, role: Role) -> None:
+        """Take a request out of the queue of a role; nothing happens if it is not there."""
+        held = self._held.pop((role, request_id), None)
         if held is not None:
             self.held_tokens -= len(held.request.prompt)
 
@@ -210,23 +214,32 @@ class RoutingCore:
         return self._again_at_s.get(role) if self._held else None
 
     def plan(self, role: Role, now_s: float) -> list[Booking]:
-        """Ask the policy who goes where now, and book it. Raises what the policy raises; nothing is booked then."""
+        """Ask the policy who goes where now, and book it. Raises what the policy raises, and ValueError for a plan that
+        cannot be; nothing is booked then."""
         bookings: list[Booking] = []
         self._again_at_s[role] = None
         # Once more where the policy saw a full window and found room for some of it: there may be more of both.
-        while self._held and self._plan_window(role, now_s, bookings):
-            pass
+        while self._held:
+            try:
+                if not self._plan_window(role, now_s, bookings):
+                    break
+            except Exception:
+                if not bookings:
+                    raise
+                logger.exception("the routing policy failed after it had placed %d requests", len(bookings))
+                break
         return bookings
 
     def ended(self, booking: Booking, now_s: float) -> None:
         """The booking's request is over, or its phase on that worker. Once for each booking."""
         worker, booked = booking.worker, booking.booked
-        if booked.is_prompt_done:
-            self.traffic.ended(worker.tracked.generated_tokens(booked))
-        worker.tracked.ended(booked)
-        del worker.bookings[booking.request.id]
         if booking.reservation is not None:
             self.index.unreserve(booking.reservation)
+        if booked.is_prompt_done and worker.view.role is not Role.PREFILL:
+            self.traffic.ended(worker.tracked.generated_tokens(booked))
+        worker.tracked.ended(booked)
+        if worker.bookings.get(booking.request.id) is booking:
+            del worker.bookings[booking.request.id]
 
     # -------------------------------------------------------------- what workers report
 
@@ -266,7 +279,7 @@ class RoutingCore:
         booking.cached_tokens = cached_tokens
         worker.tracked.prompt_done(booking.booked, cached_tokens)
         if worker.routed is not None:
-            worker.routed.computed(booking.request.block_hashes)
+            worker.routed.computed(booking.request.block_hashes[:_MOST_RESERVED])
         return booking
 
     def pass_ended(
@@ -298,8 +311,9 @@ class RoutingCore:
         if not held:
             return False
         plan = self._ask(held, workers, now_s)
+        _check(plan, held, workers)
         for assignment in plan.assignments:
-            bookings.append(self._book(assignment, now_s))
+            bookings.append(self._book(assignment, role, now_s))
         left = len(held) - len(plan.assignments)
         if left and plan.again_at_s is not None:
             rest_until_s = now_s + min(_LONGEST_REST_S, left * len(workers) * _S_PER_PAIR)
@@ -321,22 +335,35 @@ class RoutingCore:
             self._recorder.record(held, state, plan)
         return plan
 
-    def _book(self, assignment: Assignment, now_s: float) -> Booking:
+    def _book(self, assignment: Assignment, role: Role, now_s: float) -> Booking:
         worker = self.workers[assignment.worker_id]
-        held = self._held[assignment.request_id]
+        held = self._held[role, assignment.request_id]
         request, view = held.request, worker.view
-        hashes, size = request.block_hashes, view.info.block_size
+        hashes, size = request.block_hashes if view.info.caches_prefixes else (), view.info.block_size
         overlap = held.overlaps().get(view.slot, 0) if hashes else 0
         # An engine computes at least the last token of a prompt.
         computable = (len(request.prompt) - 1) // size
         cached = (computable if held.moves_kv else min(overlap, computable)) * size
         booked = Booked(request, overlap, now_s, len(request.prompt) - cached)
-        self.let_go(request.id)
+        self.let_go(request.id, role)
         worker.tracked.send(booked)
         reservation = None
         if hashes:
             reservation = self.index.reserve(view.slot, hashes[:_MOST_RESERVED])
-            self.traffic.sent(hashes, overlap, now_s)
+            self.traffic.sent(hashes[:_MOST_RESERVED], min(overlap, _MOST_RESERVED), now_s)
         booking = Booking(worker, booked, now_s - held.held_since_s, assignment.cost_ms, reservation)
         worker.bookings[request.id] = booking
         return booking
+
+
+def _check(plan: Plan, held: Sequence[HeldRequest], workers: Sequence[Worker]) -> None:
+    """Raises ValueError for a plan that names strangers, a request twice, or more than a worker's slots."""
+    ids = {waiting.request.id for waiting in held}
+    slots = {worker.view.worker_id: worker.view.free_slots for worker in workers}
+    for assignment in plan.assignments:
+        if assignment.request_id not in ids:
+            raise ValueError(f"the plan assigns request {assignment.request_id}, which is not held, or twice")
+        ids.discard(assignment.request_id)
+        if slots.get(assignment.worker_id, 0) <= 0:
+            raise ValueError(f"the plan gives {assignment.worker_id} more than its free slots")
+        slots[assignment.worker_id] -= 1

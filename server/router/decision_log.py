@@ -19,7 +19,7 @@ from trtserve.plugins.routing_api import Assignment, Estimates, HeldRequest, Pla
 logger = logging.getLogger(__name__)
 
 _MOST_HELD = 64
-"""Of the held requests, so many are recorded: policies look at the oldest."""
+"""Of the held requests, so many are recorded, the oldest, and all that were placed."""
 
 _MOST_WAITING = 10_000
 """Records that wait for the disk; more are dropped, and counted."""
@@ -71,6 +71,7 @@ class DecisionLog:
 
     def record(self, held: Sequence[HeldRequest], state: RoutingState, plan: Plan) -> None:
         """Encodes at once, since workers' views change; drops the record where the disk does not keep up."""
+        sent = {assignment.request_id for assignment in plan.assignments}
         seen = [
             HeldRecord(
                 waiting.request.id,
@@ -79,7 +80,8 @@ class DecisionLog:
                 waiting.held_since_s,
                 dict(waiting.overlaps()),
             )
-            for waiting in held[:_MOST_HELD]
+            for place, waiting in enumerate(held)
+            if place < _MOST_HELD or waiting.request.id in sent
         ]
         role = state.workers[0].role
         record = DecisionRecord(self._policy, state.now_s, role, seen, state.workers, state.estimates, plan.assignments)

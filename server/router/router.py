@@ -73,7 +73,7 @@ class Router:
         self._policy_name = policy_name
         self._decisions = metrics.decisions.labels(policy_name)
         self._clock = clock
-        self._waiting: dict[RequestId, asyncio.Future[ServerBooking]] = {}
+        self._waiting: dict[tuple[Role, RequestId], asyncio.Future[ServerBooking]] = {}
         self._checks: dict[WorkerId, list[asyncio.Future[IndexCheck | None]]] = {}
         self._timers: dict[Role, asyncio.TimerHandle] = {}
 
@@ -123,7 +123,7 @@ class Router:
             raise Overloaded(f"no {role} worker is ready", code="no_worker", retry_after_s=_NO_WORKER_RETRY_S)
         placed: asyncio.Future[ServerBooking] = asyncio.get_running_loop().create_future()
         core.hold(request, role, self._clock(), moves_kv)
-        self._waiting[request.id] = placed
+        self._waiting[role, request.id] = placed
         try:
             self.plan(role)
             if not placed.done():
@@ -135,8 +135,8 @@ class Router:
                 placed.result().close()
             raise
         finally:
-            self._waiting.pop(request.id, None)
-            core.let_go(request.id)
+            self._waiting.pop((role, request.id), None)
+            core.let_go(request.id, role)
 
     def unbook(self, booking: Booking) -> None:
         """A booking is over: its place is free for whoever waits."""
@@ -181,7 +181,11 @@ class Router:
         """How the index differs from the set that the worker sends next. Waits for it, without a deadline."""
         waiting: asyncio.Future[IndexCheck | None] = asyncio.get_running_loop().create_future()
         self._checks.setdefault(worker_id, []).append(waiting)
-        return await waiting
+        try:
+            return await waiting
+        finally:
+            if not waiting.done() or waiting.cancelled():
+                self._checks[worker_id].remove(waiting)
 
     def learn(self, worker_id: WorkerId, stats: PassStats) -> None:
         """A pass of a ready worker's warm-up."""
@@ -192,7 +196,7 @@ class Router:
     ) -> None:
         """The rest of a step: `rows` sequences got `tokens` tokens."""
         self.core.pass_ended(worker_id, stats, load, tokens, rows, self._clock())
-        if self._waiting and stats is not None and stats.prefill_tokens:
+        if self._waiting and (rows if stats is None else stats.prefill_tokens):
             self.plan(self.core.workers[worker_id].view.role)
 
     # -------------------------------------------------------------- the decision
@@ -218,7 +222,7 @@ class Router:
     def _wake(self, booking: Booking) -> None:
         self._decisions.inc()
         self._metrics.held_seconds.observe(booking.held_s)
-        placed = self._waiting.pop(booking.request.id, None)
+        placed = self._waiting.pop((booking.worker.view.role, booking.request.id), None)
         owned = ServerBooking(self, booking)
         if placed is None or placed.done():
             # Cancelled, and its task has not run since: nobody will give the booking back.

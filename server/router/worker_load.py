@@ -74,6 +74,7 @@ class TrackedLoad:
         self._prompts.remove(booked)
         self._done_in_pass += len(booked.request.prompt) - cached_tokens - booked.computed_tokens
         self.view.decoding += 1
+        self._count_queue()
 
     def ended(self, booked: Booked) -> None:
         """The booking is given back, whatever became of the request."""
@@ -109,8 +110,16 @@ class TrackedLoad:
             self._progress += tokens / rows
             view.context_tokens += tokens
         if stats is None:
+            self._done_in_pass = 0
+            if rows:  # an engine that tells nothing of its passes: another one begins, is all that is known
+                self._starts_s = None
+                self._begin_pass(now_s, False)
             return
         self._advance(stats)
+        if stats.decode_sequences and not stats.prefill_tokens:
+            # What was counted token by token drifts where requests end early or are preempted.
+            waiting = sum(len(booked.request.prompt) for booked in self._prompts)
+            view.context_tokens = stats.context_tokens + stats.decode_sequences + waiting
         is_blocked = not stats.prefill_tokens and bool(self._prompts) and self._prompts[0].sent_s < self._began_s
         self._starts_s = None
         self._begin_pass(now_s, is_blocked)

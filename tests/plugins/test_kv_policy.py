@@ -196,3 +196,26 @@ def test_whatever_the_situation_the_answer_is_a_valid_plan(situation, holds):
     assert assign(KVPolicy(KVOptions(), holds), waiting, views) == plan
     if holds and len(ids) < len(waiting):
         assert plan.again_at_s is not None and plan.again_at_s > 10.0
+
+
+def test_nobody_waits_for_a_full_worker_while_another_one_is_idle():
+    full = worker(0, booked_requests=64, decoding=64, decode_ms=200.0, pass_ends_s=10.005)
+    assert placed(assign(late(), [held(1, 1000, {0: 60})], [full, worker(1)])) == {1: "w1"}
+
+
+def test_with_many_workers_fewer_requests_are_planned_at_once():
+    asked = []
+
+    def waiting(number):
+        request = Request(RequestId(number), array("i", [1]) * 100, SamplingParams(50))
+        return HeldRequest(request, Role.AGG, 9.9, lambda hashes: asked.append(number) or {})
+
+    assign(late(), [waiting(number) for number in range(200)], [worker(slot) for slot in range(64)])
+    assert len(asked) == 512 // 64
+
+
+def test_what_arrives_at_once_is_sent_window_by_window():
+    policy = KVPolicy(KVOptions(window=4), holds=False)
+    plan = assign(policy, [held(number, 10) for number in range(6)], [worker(0)])
+    assert len(plan.assignments) == 4 and plan.again_at_s == 10.0
+    assert assign(policy, [held(number, 10) for number in range(4)], [worker(0)]).again_at_s is None

@@ -76,6 +76,7 @@ class SimEngine:
             max_seq_len=limits.max_seq_len,
             vocab_size=vocab_size,
             publishes_kv_events=limits.enable_prefix_caching,
+            caches_prefixes=limits.enable_prefix_caching,
             max_logprobs=MAX_LOGPROBS,
         )
 

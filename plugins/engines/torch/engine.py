@@ -63,6 +63,7 @@ class TorchEngine:
             max_seq_len=capacity.max_seq_len,
             vocab_size=model.vocab_size,
             publishes_kv_events=self._config.enable_prefix_caching,
+            caches_prefixes=self._config.enable_prefix_caching,
             max_logprobs=MAX_LOGPROBS,
         )
 

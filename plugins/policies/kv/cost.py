@@ -10,9 +10,10 @@ the wait of m decoding sequences:
     later    = T(n) * (prompts planned behind it) + w(1) * (their passes, which stall its decoding)
     slow     = w(1) * G * (D'(u) * (L + G/2) / KV tokens * active / 2 + D(u) - D(0))
     memory   = G * d * (share of the worker's KV that is lacking)       others must finish first
+    slot     = G * d / active for each sequence that must end before there is a slot
     evict    = (blocks needed beyond the unused ones) * worth of a block * chance that those were worth it
     reuse    = c * worth of a block
-    cost     = begin - now + min(join, apart) + later + slow + memory + evict - reuse
+    cost     = begin - now + min(join, apart) + later + slow + memory + slot + evict - reuse
 
     w(m)     = decode * m / (1 + decode * m / limit)
 
@@ -188,6 +189,9 @@ class PlannedWorker:
             total += (needed - self.unused_blocks) * self.evicted_ms
             if needed > self.free_blocks:
                 total += (needed - self.free_blocks) / self.passes.num_blocks * self.lacking_ms
+        if self.behind >= self.free_slots:
+            # Somebody has to end first: of so many that run, one every so often.
+            total += self.lacking_ms / max(1, self.active) * (self.behind - self.free_slots + 1)
         return total - prompt.reused_blocks * self.block_ms
 
     def _join_ms(self, new: int, others: float) -> float:

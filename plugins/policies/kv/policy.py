@@ -12,13 +12,14 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trtserve.plugins.api import RequestId, WorkerId
+from trtserve.plugins.api import RequestId, Role, WorkerId
 from trtserve.plugins.policies.kv.cost import PassCosts, PlannedPrompt, PlannedWorker, Weights
 from trtserve.plugins.policies.kv.options import KVOptions
 from trtserve.plugins.routing_api import LONG_AGO_S, Assignment, HeldRequest, Plan, RoutingState
 
-_SOON_S = 1e-3
-"""Ask again after this where no pass is known whose end could be waited for."""
+_AT_LATEST_S = 0.05
+"""Ask again after this where no pass is known whose end could be waited for. Sequences and KV space that become free
+are told by the requests that end, so this only guards against estimates that are wrong."""
 
 _MOST_PAIRS = 512
 """Of held request and worker that one decision weighs, at a microsecond or two each; with many workers fewer requests
@@ -80,18 +81,21 @@ class KVPolicy:
         self._options = options
         self._holds = holds
         self._arrivals = Arrivals(options.gather_ms / 1000)
-        self._waits_for: tuple[RequestId, WorkerId] | None = None  # the first in order, and the KV space it waits for
+        # By role: the first in order, and the worker whose KV space it waits for.
+        self._waits_for: dict[Role, tuple[RequestId, WorkerId]] = {}
 
     def assign(self, held: Sequence[HeldRequest], state: RoutingState) -> Plan:
         workers = self._workers(state)
         if not self._holds:
-            return Plan(self._at_once(held, workers, state))
+            window = self._window(len(workers))
+            sent = self._at_once(held[:window], workers, state)
+            return Plan(sent, state.now_s if len(sent) == window < len(held) else None)
         if not any(worker.is_open for worker in workers):
             return Plan((), self._again_at_s(workers, state.now_s, ()))
         self._arrivals.see(held)
         candidates = self._in_order(held, workers[0].passes, state)
         plans = self._plans(candidates, workers, state.estimates.output_tokens)
-        sent: list[Assignment] = []
+        sent = []
         due_s = []
         for worker, plan in zip(workers, plans, strict=True):
             if plan and worker.is_open:
@@ -117,16 +121,20 @@ class KVPolicy:
     def _in_order(self, held: Sequence[HeldRequest], passes: PassCosts, state: RoutingState) -> list[_Candidate]:
         """Those to plan now, in the order of being served: shortest prefill first, counting the time that it has waited
         already, so that nobody starves. `passes`: any worker's; all are taken to be equally fast here."""
-        if len(held) > self._options.window:
+        window = self._window(len(state.workers))
+        if len(held) > window:
             # As if nothing were cached anywhere, which costs no look into the index.
             ranked = sorted(
                 held, key=lambda one: self._rank_ms(one, passes.of(len(one.request.prompt))[0], state.now_s)
             )
-            held = ranked[: self._options.window]
+            held = ranked[:window]
         candidates = [self._candidate(waiting, passes, state) for waiting in held]
         if len(candidates) > 1:
             candidates.sort(key=lambda candidate: (candidate.rank_ms, candidate.waiting.request.id))
         return candidates
+
+    def _window(self, num_workers: int) -> int:
+        return min(self._options.window, max(_LEAST_WINDOW, _MOST_PAIRS // num_workers))
 
     def _candidate(self, waiting: HeldRequest, passes: PassCosts, state: RoutingState) -> _Candidate:
         overlaps, length, options = waiting.overlaps(), len(waiting.request.prompt), self._options
@@ -145,7 +153,7 @@ class KVPolicy:
     ) -> list[list[_Candidate]]:
         """What each worker is to serve, in order."""
         plans: list[list[_Candidate]] = [[] for _ in workers]
-        kept = self._waits_for
+        kept = self._waits_for.get(candidates[0].waiting.role) if candidates else None
         for candidate in reversed(candidates):
             chosen = workers
             if kept is not None and candidate.waiting.request.id == kept[0]:
@@ -197,7 +205,7 @@ class KVPolicy:
                 # It would wait there for KV space, and could not go elsewhere any more. The first of all stays with its
                 # worker, which sends nothing else before it: smaller ones would take the space for ever.
                 if candidate is first:
-                    self._waits_for = candidate.waiting.request.id, view.worker_id
+                    self._waits_for[view.role] = candidate.waiting.request.id, view.worker_id
                 return None
             if now_s < candidate.due_s and self._arrivals.are_close:
                 return candidate.due_s
@@ -237,7 +245,7 @@ class KVPolicy:
             if worker.view.pass_ends_s > now_s and (worker.view.is_prefilling or worker.view.queued_tokens)
         ]
         early = [end_s - lead_s for end_s in ends if end_s - lead_s > now_s]
-        return min([*(early or ends), *due_s], default=now_s + _SOON_S)
+        return min([*(early or ends), *due_s], default=now_s + _AT_LATEST_S)
 
     # -------------------------------------------------------------- at arrival
 

@@ -7,7 +7,7 @@ import pytest
 from trtserve.plugins.api import EngineInfo, PassStats, Request, RequestId, Role, SamplingParams, WorkerId, WorkerLoad
 from trtserve.plugins.blocks import block_hashes
 from trtserve.plugins.manager import PluginManager
-from trtserve.plugins.routing_api import PolicyConfig
+from trtserve.plugins.routing_api import Assignment, Plan, PolicyConfig
 from trtserve.server.router.core import IndexCheck, RoutingCore
 from trtserve.server.router.description import describe
 
@@ -190,5 +190,90 @@ def test_the_description_says_what_is_held():
     core = RoutingCore(PluginManager().make_policy("round_robin", PolicyConfig()))
     core.hold(request(1, range(20)), Role.AGG, 1.0)
     assert core.plan(Role.AGG, 1.0) == [] and describe(core, "", 1.0)["held"] == {"requests": 1, "prompt_tokens": 20}
-    core.let_go(RequestId(1))
+    core.let_go(RequestId(1), Role.AGG)
     assert describe(core, "", 1.0)["held"] == {"requests": 0, "prompt_tokens": 0}
+
+
+def test_a_request_may_be_held_for_two_roles_at_once(core):
+    one = request(1, range(20))
+    for role in (Role.PREFILL, Role.DECODE):
+        core.hold(one, role, 1.0)
+    assert (core.num_held, core.held_tokens) == (2, 40)
+    core.let_go(one.id, Role.DECODE)
+    assert (core.num_held, core.held_tokens) == (1, 20)
+    core.let_go(one.id, Role.PREFILL)
+    assert (core.num_held, core.held_tokens) == (0, 0)
+
+
+def test_a_request_booked_twice_on_a_worker_leaves_nothing(core):
+    core.remove_worker(B)
+    one = request(1, range(20))
+    first, second = place(core, one), place(core, one)
+    for booking in (first, second):
+        core.ended(booking, 2.0)
+    assert len(core.index) == 0 and not core.workers[A].bookings and core.workers[A].view.booked_requests == 0
+
+
+class Answers:
+    """A policy that answers what it is told to."""
+
+    uses_prefixes = False
+
+    def __init__(self, *plans):
+        self._plans = list(plans)
+
+    def assign(self, held, state):
+        answer = self._plans.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return Plan([Assignment(RequestId(number), WorkerId(worker)) for number, worker in answer])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [(1, "a"), (99, "a")],
+        [(1, "a"), (1, "b")],
+        [(1, "a"), (2, "nobody")],
+        [(1, "a"), *((n, "b") for n in range(2, 12))],
+    ],
+    ids=["a stranger", "twice", "no worker", "too many"],
+)
+def test_a_plan_that_cannot_be_books_nothing(answer):
+    core = RoutingCore(Answers(answer))
+    add(core, A)
+    add(core, B)
+    for number in range(1, 12):
+        core.hold(request(number, range(8)), Role.AGG, 1.0)
+    with pytest.raises(ValueError, match="the plan"):
+        core.plan(Role.AGG, 1.0)
+    assert core.num_held == 11 and all(worker.view.booked_requests == 0 for worker in core.workers.values())
+
+
+def test_what_was_placed_before_a_failure_is_placed():
+    core = RoutingCore(Answers([(number, "a") for number in range(1, 5)], RuntimeError("not now")))
+    core.add_worker(A, Role.AGG, EngineInfo(SIZE, 5000, 400, 64, 4096, 1000))
+    for number in range(1, 301):
+        core.hold(request(number, range(8)), Role.AGG, 1.0)
+    assert len(core.plan(Role.AGG, 1.0)) == 4 and core.num_held == 296
+
+
+def test_without_a_prefix_cache_nothing_is_predicted():
+    core = RoutingCore(PluginManager().make_policy("kv_arrival", PolicyConfig()))
+    info = EngineInfo(SIZE, 100, 8, 64, 4096, 1000, publishes_kv_events=False, caches_prefixes=False)
+    core.add_worker(A, Role.AGG, info)
+    for number in (1, 2):
+        booking = place(core, request(number, range(20)))
+        core.prompt_done(A, booking.request.id, 0)
+        assert booking.predicted_cached_tokens == 0 and len(core.index) == 0
+        core.ended(booking, 2.0)
+
+
+def test_prefills_are_no_answers(core):
+    core.add_worker(WorkerId("p"), Role.PREFILL, EngineInfo(SIZE, 100, 8, 64, 4096, 1000))
+    before = core.traffic.report().num_sequences
+    core.hold(request(1, range(20)), Role.PREFILL, 1.0)
+    (booking,) = core.plan(Role.PREFILL, 1.0)
+    core.prompt_done(booking.worker_id, booking.request.id, 0)
+    core.ended(booking, 2.0)
+    assert core.traffic.report().num_sequences == before

@@ -137,3 +137,29 @@ def test_when_all_have_ended_nothing_is_left(data):
     view = tracked.view
     assert (view.booked_requests, view.booked_tokens, view.decoding) == (0, 0, 0)
     assert (view.context_tokens, view.queued_tokens, view.queued_prompts) == (0, 0, 0)
+
+
+def test_an_engine_without_statistics_is_followed_as_well():
+    tracked = make()
+    view, first = tracked.view, booked(1, 350, 1.0)
+    tracked.send(first)
+    tracked.observe(1.001)
+    assert view.queued_tokens == 250
+    tracked.prompt_done(first, 0)
+    tracked.pass_ended(None, WorkerLoad(free_blocks=900), 1, 1, 1.5)
+    assert view.queued_tokens == 0 and not view.is_prefilling and view.decoding == 1
+
+
+def test_context_does_not_drift_where_requests_end_early():
+    tracked = make()
+    keeps = booked(1, 30, 1.0)
+    tracked.send(keeps)
+    tracked.prompt_done(keeps, 0)
+    step(tracked, 1.1, prefill=30, rows=1)
+    for number in range(2, 50):
+        stopped = booked(number, 10, 1.2)
+        tracked.send(stopped)
+        tracked.prompt_done(stopped, 0)
+        tracked.ended(stopped)  # by a stop string: the worker says a few tokens more
+        step(tracked, 1.3, decoding=2, context=45, rows=2)
+    assert tracked.view.context_tokens == 47

@@ -2,7 +2,7 @@
 
 A block's hash covers its own tokens and, through its parent's hash, everything before it:
 
-    root    = XXH3-64(b"trtserve-blocks-1" | extra)              extra: cache salt and the like, "" for none
+    root    = XXH3-64(b"trtserve-blocks-1" | extra)              extra: cache salt, and b"\\0lora\\0" | id of an adapter
     hash[i] = XXH3-64(hash[i - 1] as 8 bytes little-endian | tokens of block i as int32 little-endian)
 
 XXH3 is fast, not cryptographic: whoever reuses KV by such a hash compares the tokens too (`trtserve.plugins.engines`
@@ -18,9 +18,10 @@ from trtserve.plugins.api import BlockHash, TokenIds
 _VERSION = b"trtserve-blocks-1"
 
 
-def root_hash(cache_salt: str = "") -> BlockHash:
-    """The parent of every first block. Requests with different salts share no block."""
-    return BlockHash(xxh3_64_intdigest(_VERSION + cache_salt.encode()))
+def root_hash(cache_salt: str = "", lora_id: str = "") -> BlockHash:
+    """The parent of every first block. Requests with different salts, or different LoRA adapters, share no block."""
+    adapter = b"\0lora\0" + lora_id.encode() if lora_id else b""
+    return BlockHash(xxh3_64_intdigest(_VERSION + cache_salt.encode() + adapter))
 
 
 def block_hash(parent: BlockHash, token_ids: TokenIds) -> BlockHash:
@@ -28,11 +29,13 @@ def block_hash(parent: BlockHash, token_ids: TokenIds) -> BlockHash:
     return BlockHash(xxh3_64_intdigest(parent.to_bytes(8, "little") + token_ids.tobytes()))
 
 
-def block_hashes(token_ids: TokenIds, block_size: int, cache_salt: str = "") -> tuple[BlockHash, ...]:
+def block_hashes(
+    token_ids: TokenIds, block_size: int, cache_salt: str = "", lora_id: str = ""
+) -> tuple[BlockHash, ...]:
     """The hashes of all full blocks of a sequence, in order. token_ids: int32[num_tokens]."""
     raw = memoryview(token_ids).cast("B")
     width = block_size * token_ids.itemsize
-    parent = root_hash(cache_salt)
+    parent = root_hash(cache_salt, lora_id)
     hashes = []
     for start in range(0, len(raw) - width + 1, width):
         parent = BlockHash(xxh3_64_intdigest(parent.to_bytes(8, "little") + raw[start : start + width]))

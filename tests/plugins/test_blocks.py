@@ -46,3 +46,10 @@ def test_another_token_changes_its_block_and_all_after_it(tokens, block_size, da
 def test_salts_share_nothing(tokens, salt):
     tokens = array("i", tokens)
     assert not set(block_hashes(tokens, 4)) & set(block_hashes(tokens, 4, salt))
+
+
+def test_adapters_share_no_block():
+    tokens = array("i", range(32))
+    kinds = [block_hashes(tokens, 16, salt, lora) for salt in ("", "s") for lora in ("", "a", "b")]
+    assert len({hashes for kind in kinds for hashes in kind}) == 12
+    assert block_hashes(tokens, 16, "s", "") == block_hashes(tokens, 16, "s")

@@ -277,3 +277,26 @@ def test_prefills_are_no_answers(core):
     core.prompt_done(booking.worker_id, booking.request.id, 0)
     core.ended(booking, 2.0)
     assert core.traffic.report().num_sequences == before
+
+
+def test_an_event_storm_leaves_the_index_true(core, asked):
+    """Five hundred changes a step, at the cache's capacity, with two steps lost on the way."""
+    core.add_worker(A, Role.AGG, EngineInfo(SIZE, 1000, 8, 64, 4096, 1000))
+    truth, number = {}, 0
+    for turn in range(200):
+        changes = []
+        for block in range(turn * 250, turn * 250 + 250):
+            if len(truth) == 1000:
+                oldest = next(iter(truth))
+                del truth[oldest]
+                changes.append(("removed", (oldest,)))
+            truth[block] = None
+            changes.append(("stored", (block,)))
+        if turn not in (50, 120):
+            core.events(A, number, changes, 1.0 + turn)
+        number += len(changes)
+        if asked:
+            asked.clear()
+            core.snapshot(A, number, list(truth))
+    assert core.indexed(A) == (1000, 2)
+    assert set(core.index.stored(core.workers[A].view.slot)) == set(truth)

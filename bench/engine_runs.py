@@ -83,6 +83,7 @@ class Subject:
             "max_num_tokens": PASS_TOKENS,
             **config,
         }
+        self.kv_bytes_per_token = model.dtype.itemsize * sum(layer.width for layer in model.layers)
         self.engine = TorchEngine(EngineConfig("in memory", **wanted), load=lambda *_: model)
         self.engine.start(lambda phase: None)
         self.tokens: dict[int, list[int]] = {}

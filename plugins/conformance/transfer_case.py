@@ -195,6 +195,7 @@ class Deployment:
             "worker_id": worker_id,
             "incarnation": incarnation,
             "runtime_dir": self.runtime_dir,
+            "device": self.case.device,
             "options": dict(self.case.options),
         }
         site.seed = site.call("open", self.case.plugin, self.case.name, config, layouts)
@@ -206,7 +207,7 @@ class TransferCase:
 
     plugin: the module with the hook `make_transfer`, imported there by this name. name: what the hook is asked for.
     options: as in TransferConfig. environment: added to that of the processes. deadline_s: longer than any import,
-    read or answer may take.
+    read or answer may take. device: where the regions lie, as in TransferConfig.
     """
 
     plugin: str
@@ -214,6 +215,7 @@ class TransferCase:
     options: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     deadline_s: float = 20.0
+    device: str = "cpu"
 
     @contextmanager
     def deployment(self) -> Iterator[Deployment]:

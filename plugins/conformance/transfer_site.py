@@ -26,6 +26,7 @@ from typing import Any
 
 import msgspec
 
+from trtserve.plugins.transfer import cuda_driver
 from trtserve.plugins.transfer.identity import peer_info
 from trtserve.plugins.transfer_api import (
     BlockCopies,
@@ -75,6 +76,8 @@ class Site:
         self._config, self._seed = TransferConfig(**config), f"{config['worker_id']}#{config['incarnation']}"
         transfer: KVTransfer | None = importlib.import_module(plugin).make_transfer(name)
         assert transfer is not None, f"{plugin} makes no transfer {name!r}"
+        if self._config.device != "cpu":
+            cuda_driver.use(self._config.device)
         transfer.open(self._config)
         self.transfer = transfer
         for row in regions:
@@ -82,7 +85,8 @@ class Site:
         return self._seed
 
     def info(self) -> dict[str, Any]:
-        return {"info": msgspec.to_builtins(peer_info(self._config)), "export": self._open_one.export()}
+        info = peer_info(self._config, cuda_driver.device_uuid(self._config.device))
+        return {"info": msgspec.to_builtins(info), "export": self._open_one.export()}
 
     def caps(self) -> dict[str, Any]:
         caps = self._open_one.caps
@@ -95,9 +99,9 @@ class Site:
         if not is_foreign:
             self._register(self._open_one, name, num_blocks, block_bytes, stride)
             return
-        buffer = _host_buffer(num_blocks * stride)
+        buffer = self._foreign_buffer(num_blocks * stride)
         self._foreign.append(buffer)
-        self._open_one.register(Region(name, buffer.address, num_blocks, block_bytes, stride))
+        self._open_one.register(Region(name, buffer.address, num_blocks, block_bytes, stride, buffer.kind))
 
     def unreachable(self, info: dict[str, Any]) -> str | None:
         return self._open_one.unreachable(msgspec.convert(info, PeerInfo))
@@ -152,7 +156,7 @@ class Site:
         """Every byte of every region against what must be there: blocks read, own blocks, and the gaps."""
         found = []
         for name, (region, buffer) in self._buffers.items():
-            view, came_from = _view(buffer), placed.get(name, {})
+            view, came_from = _content(buffer), placed.get(name, {})
             for block_id in range(region.num_blocks):
                 seed, source = came_from.get(block_id, (self._seed, block_id))
                 start = block_id * region.stride
@@ -198,15 +202,21 @@ class Site:
 
     def _register(self, transfer: KVTransfer, name: str, num_blocks: int, block_bytes: int, stride: int) -> None:
         num_bytes = num_blocks * max(stride, block_bytes)  # a bad stride is for `register` to find
-        buffer = transfer.allocate(num_bytes) or _host_buffer(num_bytes)
-        region = Region(name, buffer.address, num_blocks, block_bytes, stride)
-        view = _view(buffer)
-        view[:num_bytes] = GAP * num_bytes
+        buffer = transfer.allocate(num_bytes) or self._foreign_buffer(num_bytes)
+        region = Region(name, buffer.address, num_blocks, block_bytes, stride, buffer.kind)
+        content = bytearray(GAP * num_bytes)
         for block_id in range(num_blocks):
             start = block_id * stride
-            view[start : start + block_bytes] = block_bytes_of(self._seed, name, block_id, block_bytes)
+            content[start : start + block_bytes] = block_bytes_of(self._seed, name, block_id, block_bytes)
+        _fill(buffer, bytes(content))
         transfer.register(region)
         self._buffers[name] = region, buffer
+
+    def _foreign_buffer(self, num_bytes: int) -> Buffer:
+        """Memory of the site's device that the transfer did not give."""
+        if self._config.device == "cpu":
+            return _host_buffer(num_bytes)
+        return cuda_driver.allocate(num_bytes, self._config.device)
 
 
 COMMANDS = {
@@ -245,6 +255,20 @@ def _host_buffer(num_bytes: int) -> Buffer:
     memory = mmap.mmap(-1, num_bytes)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     return Buffer(address, num_bytes, MemoryKind.HOST, memory, memoryview(memory))
+
+
+def _fill(buffer: Buffer, content: bytes) -> None:
+    if buffer.kind is MemoryKind.CUDA:
+        cuda_driver.write(buffer.address, content)
+    else:
+        _view(buffer)[: len(content)] = content
+
+
+def _content(buffer: Buffer) -> memoryview:
+    """All of it; of GPU memory a copy."""
+    if buffer.kind is MemoryKind.CUDA:
+        return memoryview(cuda_driver.read(buffer.address, buffer.num_bytes))
+    return _view(buffer)
 
 
 def _view(buffer: Buffer) -> memoryview:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from trtserve.plugins.api import Engine, EngineInfo, KVLayout, KVRows, Request, StepOutputs
+from trtserve.plugins.transfer.cuda_driver import device_uuid
 from trtserve.plugins.transfer.identity import peer_info
 from trtserve.plugins.transfer_api import TransferConfig, TransferError
 from trtserve.server.workers.kv_connections import Connections
@@ -189,7 +190,7 @@ class KVExchange:
         self._parts = self._assemble(options, engine, info, layout, num_rows, thread, memory)
         exports = thread.call(lambda: tuple((each.name, each.export()) for each in memory.transfers), _OPEN_S)
         logger.info("%d rows of %d bytes for KV, by %s", num_rows, layout.block_bytes, ", ".join(dict(exports)))
-        own = peer_info(replace(options.config, device=layout.device))
+        own = peer_info(replace(options.config, device=layout.device), device_uuid(layout.device))
         return KVPort(layout.fingerprint, layout.block_bytes, num_rows, own, exports)
 
     def _assemble(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trtserve.plugins.api import KVLayout
+from trtserve.plugins.transfer import cuda_driver
 from trtserve.plugins.transfer_api import Buffer, KVTransfer, MemoryKind, Region, TransferConfig, TransferError
 from trtserve.server.workers.kv_fetcher import REGION
 
@@ -44,9 +45,11 @@ def open_rows(choice: TransferChoice, config: TransferConfig, layout: KVLayout, 
     Raises TransferError where no transfer can be used; its text has the reason of each.
     """
     problems: dict[str, str] = {}
+    if _kind_of(layout) is MemoryKind.CUDA:
+        cuda_driver.use(layout.device)  # UCX looks at the context of the thread that opens it
     opened = _open_all(choice, replace(config, device=layout.device), _kind_of(layout), problems)
     try:
-        buffer = _allocate(opened, num_rows * layout.block_bytes, _kind_of(layout))
+        buffer = _allocate(opened, num_rows * layout.block_bytes, layout.device)
         region = Region(REGION, buffer.address, num_rows, layout.block_bytes, layout.block_bytes, buffer.kind)
         usable = [transfer for transfer in opened if _registers(transfer, region, problems)]
         if not usable:
@@ -93,14 +96,14 @@ def _registers(transfer: KVTransfer, region: Region, problems: dict[str, str]) -
     return True
 
 
-def _allocate(transfers: Sequence[KVTransfer], num_bytes: int, kind: MemoryKind) -> Buffer:
+def _allocate(transfers: Sequence[KVTransfer], num_bytes: int, device: str) -> Buffer:
     """From the first transfer that owns its memory; the others register it too, if they can."""
     for transfer in transfers:
         buffer = transfer.allocate(num_bytes)
         if buffer is not None:
             return buffer
-    if kind is not MemoryKind.HOST:
-        raise TransferError(f"none of these transfers allocates {kind} memory; add one that does, such as cupy_ipc")
+    if device.startswith("cuda"):
+        return cuda_driver.allocate(num_bytes, device)
     memory = mmap.mmap(-1, num_bytes)
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     return Buffer(address, num_bytes, MemoryKind.HOST, memory, memoryview(memory))

@@ -11,16 +11,23 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from trtserve.plugins.manager import PluginManager
+from trtserve.plugins.transfer import rdma
 from trtserve.plugins.transfer_api import TransferConfig
 from trtserve.server.workers import wire
 from trtserve.server.workers.kv_exchange import ExchangeOptions
 from trtserve.server.workers.kv_memory import TransferChoice
 from trtserve.settings.schema import WorkerSettings
 
-AUTO = ("shm", "cupy_ipc", "ucx", "nixl")
-"""What `auto` tries, in this order, as far as it is installed."""
 
-_INSTEAD = {"nixl": "ucx"}  # nixl brings a UCX of its own, and two of them in one process are untested
+def auto_order() -> tuple[str, ...]:
+    """What `auto` tries for each pair of workers, in this order, as far as it is installed: what is fastest within a
+    node, then what reaches other nodes. NIXL's own UCX has the RDMA transports that libucp's wheel lacks.
+
+    Only the first that can be opened of ucx and nixl is: nixl brings a UCX of its own, and two of them in one process
+    are untested.
+    """
+    across_nodes = ("nixl", "ucx") if rdma.has_devices() and not rdma.ucx_uses_it() else ("ucx", "nixl")
+    return ("shm", "cupy_ipc", *across_nodes)
 
 
 def exchange_options(settings: WorkerSettings, hello: wire.Hello, manager: PluginManager) -> ExchangeOptions | None:
@@ -29,12 +36,13 @@ def exchange_options(settings: WorkerSettings, hello: wire.Hello, manager: Plugi
     if settings.role == "agg":
         return None
     is_auto = settings.transfer == "auto"
-    names = [name for name in AUTO if manager.problem("transfer", name) is None] if is_auto else [settings.transfer]
+    order = auto_order()
+    names = [name for name in order if manager.problem("transfer", name) is None] if is_auto else [settings.transfer]
     choice = TransferChoice(
         make={name: partial(manager.make_transfer, name) for name in names},
         is_required=not is_auto,
         options={name: manager.check_options("transfer", name, {}) for name in names},
-        instead=_INSTEAD,
+        instead={order[-1]: order[-2]},
     )
     config = TransferConfig(
         hello.worker_id, hello.incarnation, str(runtime_dir(settings.connect)), own_address(settings.connect)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from time import monotonic, perf_counter
 
+from trtserve.plugins.transfer.cuda_driver import device_index
 from trtserve.plugins.transfer.export import Export
 from trtserve.plugins.transfer.identity import same_node
 from trtserve.plugins.transfer.nixl.agent import Agent, AgentError, PeerLost
@@ -126,11 +127,3 @@ class PeerImporter:
                 raise TransferError(
                     f"the regions of worker {peer.info.worker_id} are not all in the memory it has registered: {error}"
                 ) from None
-
-
-def device_index(device: str) -> int:
-    """N of ``cuda:N``; 0 of ``cuda``. Raises TransferError for what names no GPU."""
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or not (index or "0").isdecimal():
-        raise TransferError(f"CUDA memory lies on a device cuda:N, not on {device!r}")
-    return int(index or "0")

@@ -7,11 +7,12 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from trtserve.plugins.transfer.cuda_driver import device_index
 from trtserve.plugins.transfer.export import check_same_shape, decode_export, encode_export, region_end
 from trtserve.plugins.transfer.identity import peer_info, why_memory_is_apart
 from trtserve.plugins.transfer.nixl import library
 from trtserve.plugins.transfer.nixl.agent import Agent, AgentError, PeerLost
-from trtserve.plugins.transfer.nixl.importer import PeerImporter, device_index
+from trtserve.plugins.transfer.nixl.importer import PeerImporter
 from trtserve.plugins.transfer.nixl.layout import cut_plan
 from trtserve.plugins.transfer.nixl.payload import VERSION, agent_name, decode_payload, encode_payload
 from trtserve.plugins.transfer.nixl.peer import NixlPeer

@@ -3,8 +3,9 @@
 import pytest
 
 from trtserve.plugins.api import KVLayout, WorkerId
+from trtserve.plugins.transfer import cuda_driver
 from trtserve.plugins.transfer.shm.transfer import ShmTransfer
-from trtserve.plugins.transfer_api import MemoryKind, TransferCaps, TransferConfig, TransferError
+from trtserve.plugins.transfer_api import Buffer, MemoryKind, TransferCaps, TransferConfig, TransferError
 from trtserve.server.workers.kv_memory import TransferChoice, open_rows
 
 LAYOUT = KVLayout("layout", 64, "cpu")
@@ -92,8 +93,15 @@ def test_without_any_it_is_said_why(config, transfers, problem):
         opened(config, *transfers)
 
 
-def test_device_memory_comes_from_a_transfer(config):
+def test_device_memory_is_the_drivers_where_no_transfer_gives_any(config, monkeypatch):
     gpu = Pipe("gpu", MemoryKind.CUDA)
-    with pytest.raises(TransferError, match="cuda memory; add one that does"):
-        opened(config, gpu, layout=KVLayout("layout", 64, "cuda:1"))
-    assert gpu.config.device == "cuda:1" and gpu.is_closed
+    used, given = [], Buffer(4096, 640, MemoryKind.CUDA, None)
+    monkeypatch.setattr(cuda_driver, "use", used.append)
+    monkeypatch.setattr(cuda_driver, "allocate", lambda num_bytes, device: given)
+    memory = opened(config, gpu, layout=KVLayout("layout", 64, "cuda:1"))
+    assert memory.buffer is given and used == ["cuda:1"] and gpu.config.device == "cuda:1"
+
+
+def test_without_a_driver_device_memory_is_refused(config):
+    with pytest.raises(TransferError, match=r"no CUDA driver|does not start|INVALID_DEVICE"):
+        opened(config, Pipe("gpu", MemoryKind.CUDA), layout=KVLayout("layout", 64, "cuda:99"))

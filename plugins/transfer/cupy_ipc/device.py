@@ -126,11 +126,15 @@ class CupyDevice:
             self._runtime.memcpyAsync(target, source, num_bytes, _COPY_DEFAULT, self._stream.ptr)
 
     def _gather(self, work: Gather) -> object:
+        import numpy
+
         cupy = self._cupy
         if work.word not in self._kernels:
             self._kernels[work.word] = cupy.RawKernel(SOURCE, "gather", (f"-DWORD={work.word}",))
         with self._stream:
-            ids = cupy.asarray([work.source_ids, work.target_ids], dtype=cupy.int32)
+            # The transfer's arrays are C ints, which numpy takes over as they are; a list would go number by number.
+            both = numpy.stack([numpy.frombuffer(ids, numpy.int32) for ids in (work.source_ids, work.target_ids)])
+            ids = cupy.asarray(both)
             self._kernels[work.word](
                 work.grid,
                 (THREADS,),

@@ -64,6 +64,11 @@ def use(device: str) -> None:
     _call("cuCtxSetCurrent", _primary_context(device))
 
 
+def copy_in(address: int, source: int, num_bytes: int) -> None:
+    """Copy from a host address to a device address; returns when it is there. `use` comes before."""
+    _call("cuMemcpyHtoD_v2", address, source, num_bytes)
+
+
 def write(address: int, content: bytes) -> None:
     """Copy host memory to a device address; returns when it is there. `use` comes before."""
     _call("cuMemcpyHtoD_v2", address, content, len(content))

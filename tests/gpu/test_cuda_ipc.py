@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from array import array
 
 import pytest
 
+from tests.e2e.process import eventually
 from trtserve.plugins.conformance.transfer_case import Layout, TransferCase
 from trtserve.plugins.manager import PluginManager
 from trtserve.plugins.transfer.cupy_ipc.device import CupyDevice
@@ -24,30 +25,23 @@ def case(device):
     return TransferCase("trtserve.plugins.transfer.cupy_ipc", "cupy_ipc", device=device)
 
 
-@contextmanager
-def free_bytes_kept(tolerance_bytes: int):
-    """Within, what is taken of the device's memory is given back by the end."""
+def free_bytes() -> int:
+    """Of the device, whoever takes the rest."""
     import cupy
 
     cupy.cuda.Device(0).use()
-    before, _ = cupy.cuda.runtime.memGetInfo()
-    yield
-    after, _ = cupy.cuda.runtime.memGetInfo()
-    assert after >= before - tolerance_bytes, f"{(before - after) / MIB:.0f} MiB were not given back"
+    return int(cupy.cuda.runtime.memGetInfo()[0])
 
 
 def test_the_memory_of_a_killed_worker_comes_back_when_it_is_dropped(case):
-    pool = [Layout("pool", 512, MIB, MIB)]
-    import cupy
-
-    with free_bytes_kept(64 * MIB), case.deployment() as deployment:
+    pool = [Layout("pool", 1536, MIB, MIB)]  # more than a process has beside it
+    with case.deployment() as deployment:
         reader, source = deployment.sites("reader", "source", layouts=pool)
         peer = reader.import_site(source)
-        before, _ = cupy.cuda.runtime.memGetInfo()
         source.kill()
-        assert cupy.cuda.runtime.memGetInfo()[0] - before < 512 * MIB, "the import keeps it"
+        kept = free_bytes()  # what else the dead process had comes back by itself
         reader.call("drop", peer.number)
-        assert cupy.cuda.runtime.memGetInfo()[0] - before >= 512 * MIB
+        eventually(lambda: free_bytes() - kept >= 1536 * MIB, "the pool's memory is free")
 
 
 def test_copies_follow_what_was_queued_before_them(device):
@@ -66,11 +60,11 @@ def test_copies_follow_what_was_queued_before_them(device):
         """,
         "slow",
     )
-    from array import array
-
+    warm_up = Gather(source, target, array("i", [0]), array("i", [0]), 1024, 1024, 1024)
+    gpu.gather(warm_up)  # compiles the kernel
     with gpu._stream:
         slow((1,), (256,), (cupy.uint64(source), cupy.int64(200_000_000)))
-    keep = gpu.gather(Gather(source, target, array("i", [0]), array("i", [0]), 1024, 1024, 1024))
+    keep = gpu.gather(warm_up)
     event = gpu.mark()
     assert not gpu.has_come(event), "the slow kernel takes a tenth of a second"
     while not gpu.has_come(event):

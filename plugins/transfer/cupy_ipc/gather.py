@@ -7,15 +7,15 @@ than the copying. Long runs are left to the copy engines.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 
-from trtserve.plugins.transfer.runs import Run, bytes_of
 from trtserve.plugins.transfer_api import BlockCopies, Region
 
 LONG_RUN_BYTES = 1 << 20
 """Runs of this mean length go to the copy engines."""
+
+_FEW_RUNS = 2  # copies that cost no more than the upload of index arrays
 
 THREADS = 256
 _WORDS = {16: "uint4", 8: "uint2", 4: "unsigned", 1: "char"}
@@ -69,6 +69,12 @@ def gather_of(copies: BlockCopies, own: Region, peer: Region) -> Gather:
     return Gather(peer.address, own.address, copies.sources, copies.targets, peer.stride, own.stride, own.block_bytes)
 
 
-def are_long(runs: Sequence[Run]) -> bool:
-    """Whether the copy engines do better with these runs than a kernel."""
-    return bytes_of(runs) >= LONG_RUN_BYTES * len(runs)
+def suits_copy_engines(copies: BlockCopies, own: Region, peer: Region) -> bool:
+    """Whether its runs are few or long. Counted over whole arrays: a run by run look takes longer than the copying."""
+    import numpy
+
+    num_runs = len(copies.targets)
+    if own.stride == peer.stride == own.block_bytes:
+        sources, targets = (numpy.frombuffer(ids, numpy.int32) for ids in (copies.sources, copies.targets))
+        num_runs -= int(numpy.count_nonzero((numpy.diff(sources) == 1) & (numpy.diff(targets) == 1)))
+    return num_runs <= _FEW_RUNS or len(copies.targets) * own.block_bytes >= LONG_RUN_BYTES * num_runs

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import count
 
 from trtserve.plugins.transfer.cupy_ipc.device import Device, DeviceError, Event
-from trtserve.plugins.transfer.cupy_ipc.gather import are_long, gather_of
+from trtserve.plugins.transfer.cupy_ipc.gather import gather_of, suits_copy_engines
 from trtserve.plugins.transfer.cupy_ipc.peer import CupyPeer
 from trtserve.plugins.transfer.runs import merge_runs
 from trtserve.plugins.transfer_api import (
@@ -107,13 +107,12 @@ class Reads:
     def _queue(self, read: Read, plan: ReadPlan, own: dict[str, Region]) -> None:
         try:
             for copies in plan.copies:
-                runs = merge_runs(ReadPlan([copies]), own, read.peer.regions)
-                if not runs:
+                if not copies.targets:
                     continue
-                if are_long(runs):
-                    self._device.copy(runs)
+                here, there = own[copies.region], read.peer.regions[copies.region]
+                if suits_copy_engines(copies, here, there):
+                    self._device.copy(merge_runs(ReadPlan([copies]), own, read.peer.regions))
                 else:
-                    here, there = own[copies.region], read.peer.regions[copies.region]
                     read.keep.append(self._device.gather(gather_of(copies, here, there)))
             read.event = self._device.mark()
         except DeviceError as error:

@@ -6,16 +6,17 @@ import time
 from collections.abc import Mapping
 from time import monotonic, perf_counter
 
+from trtserve.plugins.transfer import cuda_driver
 from trtserve.plugins.transfer.cuda_driver import device_index
 from trtserve.plugins.transfer.export import Export
 from trtserve.plugins.transfer.identity import same_node
 from trtserve.plugins.transfer.nixl.agent import Agent, AgentError, PeerLost
 from trtserve.plugins.transfer.nixl.layout import make_layout
 from trtserve.plugins.transfer.nixl.payload import agent_name
-from trtserve.plugins.transfer.nixl.peer import DIRECT, STAGED, Flight, Lists, NixlPeer
+from trtserve.plugins.transfer.nixl.peer import DIRECT, STAGED, Flight, Lists, NixlPeer, Scratch
 from trtserve.plugins.transfer.nixl.reader import NixlReader
-from trtserve.plugins.transfer.probe import Span, bandwidth, probe_span
-from trtserve.plugins.transfer_api import MemoryKind, PeerInfo, Region, TransferError
+from trtserve.plugins.transfer.probe import PROBE_BYTES, Span, bandwidth, probe_span
+from trtserve.plugins.transfer_api import Buffer, MemoryKind, PeerInfo, Region, TransferError
 
 STAGED_BELOW_BYTES_PER_S = 3e9
 """Lanes slower than this are TCP, where a peer that hangs holds a read up for ever; a second copy costs them little.
@@ -36,6 +37,7 @@ class PeerImporter:
         self._agent = agent
         self._reader = reader
         self._own_info = own_info
+        self._gpu_memory: Buffer | None = None
 
     def import_peer(
         self, info: PeerInfo, export: Export, metadata: bytes, own: Mapping[str, Region], deadline_s: float
@@ -75,20 +77,18 @@ class PeerImporter:
 
     def _decide(self, peer: NixlPeer, kind: MemoryKind, is_over_at_once: bool) -> None:
         """NIXL does not tell how it reads; how the probe went does."""
-        if kind is MemoryKind.CUDA:
-            peer.lane, peer.way = "cuda", DIRECT
-        elif is_over_at_once and same_node(self._own_info, peer.info):
+        if kind is MemoryKind.HOST and is_over_at_once and same_node(self._own_info, peer.info):
             peer.lane, peer.way = "cma", DIRECT
         elif peer.bandwidth_bytes_per_s < STAGED_BELOW_BYTES_PER_S:
             peer.lane, peer.way = "tcp", STAGED
         else:
-            peer.lane, peer.way = "rdma", DIRECT
+            peer.lane, peer.way = "cuda" if kind is MemoryKind.CUDA else "rdma", DIRECT
 
     def _read(self, peer: NixlPeer, span: Span, kind: MemoryKind, until_s: float) -> bool:
-        """Into the stage; returns whether the call that began it also ended it."""
+        """Into the stage, or into scratch memory of the GPU; returns whether the call that began it also ended it."""
         device = device_index(peer.info.device) if kind is MemoryKind.CUDA else 0
         try:
-            flight = peer.probe(span.address, span.num_bytes, kind, device)
+            flight = peer.probe(span.address, span.num_bytes, device, self._scratch_of(peer, kind))
         except (PeerLost, AgentError) as error:
             peer.lose(str(error))
             raise TransferError(f"no read from worker {peer.info.worker_id}: {error}") from None
@@ -96,6 +96,15 @@ class PeerImporter:
             return True
         self._wait(peer, flight, until_s)
         return False
+
+    def _scratch_of(self, peer: NixlPeer, kind: MemoryKind) -> Scratch:
+        if kind is MemoryKind.HOST:
+            return Scratch(peer.stage.address, kind, 0)
+        if self._gpu_memory is None:
+            device = self._own_info.device
+            self._gpu_memory = cuda_driver.allocate(PROBE_BYTES, device)
+            self._agent.register(self._gpu_memory.address, PROBE_BYTES, kind, device_index(device))
+        return Scratch(self._gpu_memory.address, kind, device_index(self._own_info.device))
 
     def _wait(self, peer: NixlPeer, flight: Flight, until_s: float) -> None:
         while not flight.is_over:

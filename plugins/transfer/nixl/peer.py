@@ -8,11 +8,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trtserve.plugins.transfer.nixl.agent import Agent, AgentError, DescriptorList, Indices, PeerLost, Transfer
+from trtserve.plugins.transfer.nixl.agent import (
+    Agent,
+    AgentError,
+    DescriptorList,
+    Indices,
+    PeerLost,
+    Rows,
+    Transfer,
+)
 from trtserve.plugins.transfer.nixl.layout import Layout, Piece, Sizes, stage_rows
 from trtserve.plugins.transfer.nixl.read import Read
 from trtserve.plugins.transfer.nixl.stage import Stage
-from trtserve.plugins.transfer_api import MemoryKind, PeerInfo, Region, TransferOutcome
+from trtserve.plugins.transfer_api import MemoryKind, PeerInfo, Region, TransferError, TransferOutcome
 
 MAX_UNDER_WAY = 4
 """Pieces of one peer, for lanes that copy by themselves; enough for them to be busy from one poll to the next."""
@@ -37,6 +45,15 @@ class Lists:
 
     own: DescriptorList
     peer: DescriptorList
+
+
+@dataclass(frozen=True, slots=True)
+class Scratch:
+    """Registered memory that probes are read into; kept, since a late read may still write there."""
+
+    address: int
+    kind: MemoryKind
+    device: int  # index of the GPU; 0 for host memory
 
 
 class NixlPeer:
@@ -111,14 +128,18 @@ class NixlPeer:
             self.reads = [read for read in self.reads if not read.has_ended]
         return ended
 
-    def probe(self, address: int, num_bytes: int, kind: MemoryKind, device: int) -> Flight:
-        """Begin to read from an address of the peer into the stage. Raises PeerLost or AgentError."""
-        rows = np.array([(address, num_bytes, device, num_bytes, 1)], np.uint64)
-        peer_list = self._agent.peer_list(self.name, rows, kind)
+    def probe(self, address: int, num_bytes: int, device: int, scratch: Scratch) -> Flight:
+        """Begin to read from an address of the peer into memory of its kind that is nobody's block. device: the peer's.
+        Raises PeerLost or AgentError."""
+        peer_list = self._agent.peer_list(self.name, _one_row(address, num_bytes, device), scratch.kind)
+        own_list = self._agent.own_list(_one_row(scratch.address, num_bytes, scratch.device), scratch.kind)
         try:
-            return self._into_stage(None, None, np.array([num_bytes]), peer_list, np.zeros(1, np.int32))
+            first = np.zeros(1, np.int32)
+            transfer, is_over = self._agent.begin_read(own_list, first, peer_list, first)
         finally:
             self._agent.release(peer_list)
+            self._agent.release(own_list)
+        return self._took_off(Flight(transfer, None, None, into_stage=True, is_over=is_over))
 
     def release_lists(self) -> None:
         """Give the descriptor lists back; nothing can be posted any more."""
@@ -165,14 +186,14 @@ class NixlPeer:
 
     def _begin(self, read: Read, piece: Piece) -> Flight:
         lists = self.lists[piece.kind]
-        if self.way == STAGED and piece.kind is MemoryKind.HOST:
+        if self.way == STAGED:
             self._agent.notify(self.name)  # it must poll fast now, see `NixlReader.tick_s`
             return self._into_stage(read, piece, piece.sizes, lists.peer, piece.peer_ids)
         transfer, is_over = self._agent.begin_read(lists.own, piece.own_ids, lists.peer, piece.peer_ids)
         return self._took_off(Flight(transfer, read, piece, into_stage=False, is_over=is_over))
 
     def _into_stage(
-        self, read: Read | None, piece: Piece | None, sizes: Sizes, peer_list: DescriptorList, peer_ids: Indices
+        self, read: Read, piece: Piece, sizes: Sizes, peer_list: DescriptorList, peer_ids: Indices
     ) -> Flight:
         own_list = self._agent.own_list(stage_rows(self.stage.address, sizes), MemoryKind.HOST)
         try:
@@ -193,7 +214,12 @@ class NixlPeer:
         if flight.read is None or flight.piece is None:
             return 0
         if flight.into_stage:
-            self.stage.copy_out(flight.piece.addresses.tolist(), flight.piece.sizes.tolist())
+            piece = flight.piece
+            try:
+                self.stage.copy_out(piece.addresses.tolist(), piece.sizes.tolist(), piece.kind)
+            except TransferError as error:
+                flight.read.stop(TransferOutcome.FAILED, str(error))
+                return 0
         return flight.piece.num_bytes
 
     def _end(self, flight: Flight, num_bytes: int) -> None:
@@ -202,3 +228,7 @@ class NixlPeer:
             flight.read.end_piece(num_bytes)
         with suppress(PeerLost, AgentError):  # of a lost peer; the agent takes the transfer back when it is closed
             self._agent.release(flight.transfer)
+
+
+def _one_row(address: int, num_bytes: int, device: int) -> Rows:
+    return np.array([(address, num_bytes, device, num_bytes, 1)], np.uint64)

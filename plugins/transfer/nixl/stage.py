@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from trtserve.plugins.transfer import cuda_driver
 from trtserve.plugins.transfer.nixl.agent import Agent, AgentError, PeerLost
 from trtserve.plugins.transfer.runs import PIECE_BYTES
 from trtserve.plugins.transfer_api import MemoryKind, TransferError
@@ -27,11 +28,13 @@ class Stage:
     def address(self) -> int:
         return int(self.memory.ctypes.data)
 
-    def copy_out(self, addresses: Sequence[int], sizes: Sequence[int]) -> None:
-        """Copy stretch after stretch, from the beginning, to own addresses. Lets other threads run meanwhile."""
+    def copy_out(self, addresses: Sequence[int], sizes: Sequence[int], kind: MemoryKind) -> None:
+        """Copy stretch after stretch, from the beginning, to own addresses of that kind of memory. Lets other threads
+        run meanwhile. Raises TransferError where CUDA refuses."""
         source = self.address
+        copy = cuda_driver.copy_in if kind is MemoryKind.CUDA else ctypes.memmove
         for address, size in zip(addresses, sizes, strict=True):
-            ctypes.memmove(address, source, size)
+            copy(address, source, size)
             source += size
 
 

@@ -20,6 +20,9 @@ from typing import Any
 ENVIRONMENT = {
     # Without it an endpoint that reports a lost peer has no CMA lane: reads within a node go over TCP, at a tenth.
     "UCX_RNDV_THRESH": "inf",
+    # Reads of GPU memory are all that there is here; left to itself, UCX has no such lane where GPUs share no NVLink,
+    # on a single one too, and sends their bytes by way of the CPU and TCP, a thousand times slower.
+    "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
     "UCX_KEEPALIVE_INTERVAL": "1s",  # how soon a dead peer is seen where no socket tells
     "UCX_ERROR_SIGNALS": "",  # SIGSEGV and SIGBUS stay Python's
     "UCX_LOG_LEVEL": "fatal",  # what happens to peers is told by completions

@@ -33,6 +33,7 @@ from trtserve.server.model.errors import ModelError
 from trtserve.server.model.folder import ModelFolder
 from trtserve.server.reports import WorkerReports
 from trtserve.server.requests import LiveRequests
+from trtserve.server.roles import RoleChanges
 from trtserve.server.router.core import RoutingCore
 from trtserve.server.router.decision_log import DecisionLog
 from trtserve.server.router.pinned import pinned_times, pinned_traffic
@@ -193,6 +194,13 @@ class Server:
             metrics=self._metrics,
             keys=ApiKeys(self._api_keys),
             limits=HttpLimits(int(settings.max_body_mib * 2**20), int(settings.max_buffered_kib * 1024)),
+            roles=RoleChanges(
+                self._cluster,
+                settings.mode,
+                self._plan.mode.roles,
+                settings.worker_drain_timeout,
+                lambda: self._live.draining,
+            ),
             phase=self._phase,
         )
         return Application(serving)

@@ -130,6 +130,23 @@ class ServerCluster:
 
     # -------------------------------------------------------------- workers
 
+    def is_in_use(self, client: WorkerClient) -> bool:
+        """Whether anything is booked on a worker, runs there, or moves from or to it."""
+        return bool(
+            self._router.booked(client.worker_id)[0]
+            or client.num_running
+            or not client.kv.is_idle
+            or any(hand_over.uses(client) for hand_over in self._hand_overs)
+        )
+
+    def booked(self, worker_id: WorkerId) -> int:
+        """Sequences placed on a worker that have not ended."""
+        return self._router.booked(worker_id)[0]
+
+    def drain(self, worker_id: WorkerId, is_draining: bool) -> None:
+        """Place nothing more on a worker, or again."""
+        self._router.drain(worker_id, is_draining)
+
     def capacity_changed(self) -> None:
         """A worker has come or gone."""
         infos = self._router.infos()

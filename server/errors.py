@@ -98,6 +98,14 @@ class MethodNotAllowed(ServeError):
         return {"allow": ", ".join(self.allowed)}
 
 
+class Conflict(ServeError):
+    """It cannot be done in the state that things are in; the code says what is in the way."""
+
+    status = 409
+    type = "conflict_error"
+    default_code = "conflict"
+
+
 class BodyTooLarge(ServeError):
     """The request body is over the limit of the settings."""
 

@@ -67,6 +67,10 @@ class ServerHandOver:
         """The worker that has the blocks."""
         return self._source
 
+    def uses(self, client: WorkerClient) -> bool:
+        """Whether that worker keeps blocks for it, or reads them."""
+        return (self._source is client and self.lease_id != 0) or (self._target is client and self._is_fetching)
+
     # -------------------------------------------------------------- the prefill worker's side
 
     def expect(self, source: WorkerClient) -> None:

@@ -34,6 +34,17 @@ class KVPeers:
             for other in self._readers():
                 other.send(KVPeerGone(mine.worker_id, mine.incarnation))
 
+    def relabelled(self, client: WorkerClient, former: Role) -> None:
+        """It has another role now, and nothing is read from it or by it at present."""
+        if client not in self._ready:
+            return
+        self.gone(client)
+        if former is Role.DECODE:
+            for other, theirs in self._ready.items():
+                if other.role is Role.PREFILL:
+                    client.send(KVPeerGone(theirs.worker_id, theirs.incarnation))
+        self.ready(client)
+
     def _readers(self) -> Iterable[WorkerClient]:
         return (client for client in self._ready if client.role is Role.DECODE)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from trtserve.plugins.api import PassStats, RequestId, WorkerId
+from trtserve.plugins.api import PassStats, RequestId, Role, WorkerId
 from trtserve.server.kv_peers import KVPeers
 from trtserve.server.router.feed import Change
 from trtserve.server.router.router import Router
@@ -56,6 +56,13 @@ class WorkerReports:
         self._router.remove_worker(client.worker_id)
         self._peers.gone(client)
         self._capacity_changed()
+
+    def worker_relabelled(self, client: WorkerClient, former: Role) -> None:
+        """It was drained before; its index, its load and its connection stay as they are."""
+        self._router.relabel(client.worker_id, client.role)
+        self._peers.relabelled(client, former)
+        self._capacity_changed()
+        self._router.plan(client.role)
 
     # -------------------------------------------------------------- StepListener
 

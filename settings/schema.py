@@ -139,6 +139,7 @@ class Settings(BaseSettings):
     warm_up_timeout: float = Field(10, ge=0, le=3600, description="seconds after which no further warm-up pass starts")
     worker_silence_timeout: Seconds = Field(10, description="seconds without a heartbeat until a worker is lost")
     worker_stall_timeout: Seconds = Field(120, description="seconds without a step, with work pending, until lost")
+    worker_drain_timeout: Seconds = Field(30, description="seconds for a worker's requests when its role is changed")
     log_dir: Path | None = Field(None, description="where workers' logs stay; default: a private folder, removed")
 
     # Process

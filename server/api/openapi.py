@@ -11,9 +11,9 @@ from pydantic.json_schema import models_json_schema
 
 from trtserve.server import errors
 from trtserve.server.api.openapi_answers import Schema, answer_schemas, reference
-from trtserve.server.api.schema_bodies import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeBody
+from trtserve.server.api.schema_bodies import ChatCompletionBody, CompletionBody, DetokenizeBody, RoleBody, TokenizeBody
 
-_BODIES: tuple[type[BaseModel], ...] = (ChatCompletionBody, CompletionBody, TokenizeBody, DetokenizeBody)
+_BODIES: tuple[type[BaseModel], ...] = (ChatCompletionBody, CompletionBody, TokenizeBody, DetokenizeBody, RoleBody)
 
 _ALWAYS = (errors.AuthenticationFailed, errors.Internal)
 _WITH_BODY = (errors.InvalidRequest, errors.ModelNotFound, errors.BodyTooLarge, *_ALWAYS)
@@ -91,6 +91,19 @@ OPERATIONS: tuple[Operation, ...] = (
         "Cancelled",
         errors=(errors.NotFound, *_ALWAYS),
     ),
+    Operation("get", "/v1/workers", "listWorkers", "Workers with role, state and load", "WorkerList", errors=_ALWAYS),
+    Operation(
+        "post",
+        "/v1/workers/{worker_id}/role",
+        "changeRole",
+        "Drain a worker and give it another role",
+        "RoleChanged",
+        RoleBody,
+        errors=(
+            *(errors.InvalidRequest, errors.NotFound, errors.Conflict),
+            *(errors.BodyTooLarge, errors.Overloaded, *_ALWAYS),
+        ),
+    ),
     Operation(
         "get",
         "/v1/router/state",
@@ -145,7 +158,7 @@ def openapi_document(version: str, *, requires_key: bool = False) -> dict[str, A
         "schemas": {**bodies["$defs"], **answer_schemas(), "Document": {"type": "object"}},
         "responses": {
             kind.__name__: _error_response(kind)
-            for kind in (*_GENERATING, errors.NotFound)
+            for kind in (*_GENERATING, errors.NotFound, errors.Conflict)
             if requires_key or kind is not errors.AuthenticationFailed
         },
     }

@@ -11,6 +11,7 @@ _STRING: Schema = {"type": "string"}
 _INTEGER: Schema = {"type": "integer"}
 _BOOLEAN: Schema = {"type": "boolean"}
 _NUMBER: Schema = {"type": "number"}
+_ROLE: Schema = {"type": "string", "enum": ["agg", "prefill", "decode"]}
 
 
 def reference(name: str) -> Schema:
@@ -130,5 +131,24 @@ def _other_schemas() -> dict[str, Schema]:
             {"status": {"type": "string", "enum": ["live", "ready", "starting", "draining"]}},
             {"phase": _STRING, "model": _STRING, "workers": _array({"type": "object"})},
         ),
+        "Worker": _worker(),
+        "WorkerList": _object({"workers": _array(reference("Worker"))}),
+        "RoleChanged": _object({"worker": reference("Worker"), "former_role": _ROLE}),
         "Cancelled": _object({"id": _STRING, "object": _constant("request"), "cancelled": _BOOLEAN}),
     }
+
+
+def _worker() -> Schema:
+    kv = _object({"transfers": _array(_STRING), "rows": _INTEGER, "row_bytes": _INTEGER, "usage": {"type": "object"}})
+    return _object(
+        {
+            "id": _STRING,
+            "role": _ROLE,
+            "state": {"type": "string", "enum": ["starting", "ready", "draining", "gone"]},
+            "phase": _STRING,
+            "restarts": _INTEGER,
+            "booked_sequences": _INTEGER,
+            "load": {"type": "object"},
+            "kv": _nullable(kv),
+        }
+    )

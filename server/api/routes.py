@@ -21,6 +21,7 @@ from trtserve.server.api.openapi import openapi_document
 from trtserve.server.api.serving import Serving, request_id_of
 from trtserve.server.api.stream import Receive, Scope, Send
 from trtserve.server.api.tokenization import Tokenization
+from trtserve.server.api.workers import Workers
 from trtserve.server.errors import Internal, MethodNotAllowed, NotFound, ServeError, body
 
 _UNWANTED_BODY_BYTES = 2**20
@@ -64,6 +65,7 @@ async def _live(receive: Receive, send: Send) -> None:
 def _starlette(serving: Serving) -> Starlette:
     inspection = Inspection(serving)
     tokenization = Tokenization(serving)
+    workers = Workers(serving)
     document = openapi_document(version("trtserve"), requires_key=serving.keys.are_required)
 
     async def openapi(request: Request) -> Response:
@@ -85,6 +87,8 @@ def _starlette(serving: Serving) -> Starlette:
         Route("/v1/models/{model:path}", guarded(inspection.model)),
         Route("/v1/router/state", guarded(inspection.router_state)),
         Route("/v1/router/check", guarded(inspection.check_index), methods=["POST"]),
+        Route("/v1/workers", guarded(workers.list)),
+        Route("/v1/workers/{worker_id}/role", guarded(workers.change_role), methods=["POST"]),
         Route("/v1/requests/{request_id}", guarded(inspection.cancel), methods=["DELETE"]),
         *(Route(f"{prefix}/tokenize", guarded(tokenization.tokenize), methods=["POST"]) for prefix in ("", "/v1")),
         *(Route(f"{prefix}/detokenize", guarded(tokenization.detokenize), methods=["POST"]) for prefix in ("", "/v1")),

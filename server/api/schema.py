@@ -19,6 +19,7 @@ from trtserve.server.api.schema_bodies import (
     ChatCompletionBody,
     CompletionBody,
     DetokenizeBody,
+    RoleBody,
     TokenizeBody,
 )
 from trtserve.server.api.schema_messages import Message, normalise_messages
@@ -163,6 +164,11 @@ def parse_detokenize(raw: bytes, rules: RequestRules) -> DetokenizeParams:
         skip_special_tokens=bool(body.skip_special_tokens),
         ignored=sort_out(data, _DETOKENIZE_FIELDS, 1, rules.unknown_params),
     )
+
+
+def parse_role(raw: bytes) -> RoleBody:
+    """A body of POST /v1/workers/{worker_id}/role."""
+    return _validate(RoleBody, _load(raw))
 
 
 def _load(raw: bytes) -> dict[str, Any]:

@@ -7,7 +7,7 @@ here are in `trtserve.server.api.schema_refusals` or unknown.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
@@ -137,6 +137,18 @@ class TokenizeBody(Body, TemplateFields):
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = Field(default=None, description="Default: true for a prompt, false for messages.")
     return_token_strs: bool | None = None
+
+
+class RoleBody(BaseModel):
+    """POST /v1/workers/{worker_id}/role."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    role: Literal["agg", "prefill", "decode"]
+    drain_timeout_s: float | None = Field(
+        default=None, gt=0, le=86_400, description="Seconds for the worker's requests to end. Default: a setting's."
+    )
+    force: bool | None = Field(default=None, description="Also where it is the last ready worker of its role.")
 
 
 class DetokenizeBody(Body):

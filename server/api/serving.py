@@ -21,6 +21,7 @@ from trtserve.server.cluster import ServerCluster
 from trtserve.server.errors import AuthenticationFailed
 from trtserve.server.metrics import Metrics
 from trtserve.server.requests import LiveRequests
+from trtserve.server.roles import RoleChanges
 from trtserve.server.text.chat_template import ChatTemplate
 from trtserve.server.text.tokenizer import Tokenizer
 
@@ -82,6 +83,7 @@ class Serving:
     metrics: Metrics
     keys: ApiKeys
     limits: HttpLimits
+    roles: RoleChanges
     phase: Callable[[], str]  # what start-up is doing, in words, for /health
 
     async def render(self, messages: Sequence[Message], **settings: Any) -> str:

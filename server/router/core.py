@@ -55,6 +55,7 @@ class Worker:
     routed: RoutedBlocks | None  # engines that do not
     eviction: EvictionAge
     bookings: dict[RequestId, Booking] = field(default_factory=dict)
+    is_draining: bool = False  # takes no more requests; see `RoutingCore.drain`
 
     @property
     def view(self) -> WorkerView:
@@ -153,20 +154,36 @@ class RoutingCore:
         if worker is not None:
             self.index.remove_worker(worker.view.slot)
 
+    def drain(self, worker_id: WorkerId, is_draining: bool) -> None:
+        """Whether a worker is passed over by decisions from now on; what is booked on it goes on."""
+        worker = self.workers.get(worker_id)
+        if worker is not None:
+            worker.is_draining = is_draining
+
+    def relabel(self, worker_id: WorkerId, role: Role) -> None:
+        """A worker on which nothing is booked has another role from now on. What it has stored stays in the index, and
+        it takes requests again."""
+        worker = self.workers[worker_id]
+        assert not worker.view.booked_requests, "drained before"
+        worker.view.role = role
+        worker.tracked.pass_times = self.pass_times(role)
+        worker.is_draining = False
+
     def pass_times(self, role: Role) -> PassTimeModel:
         """What is known of the speed of the workers of a role."""
         return self._pass_times.setdefault(role, PassTimeModel(self._pinned_times))
 
     def has_role(self, role: Role) -> bool:
-        """Whether a worker of that role is ready."""
-        return any(worker.view.role is role for worker in self.workers.values())
+        """Whether a worker of that role takes requests."""
+        return bool(self.of_role(role))
 
     def roles(self) -> list[Role]:
         """Those of whose workers something is known."""
         return list(self._pass_times)
 
     def of_role(self, role: Role) -> list[Worker]:
-        return [worker for worker in self.workers.values() if worker.view.role is role]
+        """Those that take requests."""
+        return [worker for worker in self.workers.values() if worker.view.role is role and not worker.is_draining]
 
     def indexed(self, worker_id: WorkerId) -> tuple[int, int]:
         """(blocks in the index, times that events were missed) of a worker; none of one that is not ready."""

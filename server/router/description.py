@@ -29,6 +29,7 @@ def _worker(core: RoutingCore, worker: Worker, now_s: float) -> dict[str, Any]:
         "booked_tokens": view.booked_tokens,
         "context_tokens": view.context_tokens,
         "decoding": view.decoding,
+        "is_draining": worker.is_draining,
         "is_prefilling": view.is_prefilling,
         "pass_ends_in_ms": round(max(0.0, view.pass_ends_s - now_s) * 1000, 3),
         "queued_prompt_tokens": view.queued_tokens,

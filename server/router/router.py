@@ -88,6 +88,23 @@ class Router:
         its role they wait for its restart, until their own deadline."""
         self.core.remove_worker(worker_id)
 
+    def drain(self, worker_id: WorkerId, is_draining: bool) -> None:
+        """Place nothing more on a worker, or again."""
+        self.core.drain(worker_id, is_draining)
+        worker = self.core.workers.get(worker_id)
+        if worker is not None and not is_draining:
+            self.plan(worker.view.role)
+
+    def relabel(self, worker_id: WorkerId, role: Role) -> None:
+        """A drained worker has another role from now on. If it was the last of its role, those who wait for that role
+        are told so: nobody will come back to them."""
+        former = self.core.workers[worker_id].view.role
+        self.core.relabel(worker_id, role)
+        if not self.core.has_role(former):
+            for (wanted, _), placed in list(self._waiting.items()):
+                if wanted is former and not placed.done():
+                    placed.set_exception(_no_worker(former))
+
     # -------------------------------------------------------------- requests
 
     @property
@@ -120,7 +137,7 @@ class Router:
         core = self.core
         if not core.has_role(role):
             self._metrics.rejections.labels("no_worker").inc()
-            raise Overloaded(f"no {role} worker is ready", code="no_worker", retry_after_s=_NO_WORKER_RETRY_S)
+            raise _no_worker(role)
         placed: asyncio.Future[ServerBooking] = asyncio.get_running_loop().create_future()
         core.hold(request, role, self._clock(), moves_kv)
         self._waiting[role, request.id] = placed
@@ -241,3 +258,7 @@ class Router:
     def _on_timer(self, role: Role) -> None:
         self._timers.pop(role, None)
         self.plan(role)
+
+
+def _no_worker(role: Role) -> Overloaded:
+    return Overloaded(f"no {role} worker is ready", code="no_worker", retry_after_s=_NO_WORKER_RETRY_S)

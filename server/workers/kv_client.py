@@ -84,6 +84,11 @@ class KVClient:
                 future.set_exception(WorkerLost(f"worker {self._worker_id} was lost: {reason}"))
                 future.exception()  # retrieved: nobody may be waiting any more
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no answer of the worker is awaited: on a prompt's KV, a lease, or a fetch."""
+        return not (self._publications or self._releases or self._fetches)
+
     # -------------------------------------------------------------- the worker that has the blocks
 
     @contextmanager

@@ -41,6 +41,9 @@ class PoolListener(StepListener, Protocol):
     def worker_gone(self, client: WorkerClient) -> None:
         """One that was ready takes no more requests, and those on it have failed."""
 
+    def worker_relabelled(self, client: WorkerClient, former: Role) -> None:
+        """A ready one has the role `client.role` from now on; it is idle."""
+
 
 class WorkerPool:
     """Checks hellos, routes messages to clients, and tells the listener of workers that come and go."""
@@ -80,6 +83,12 @@ class WorkerPool:
         client.gone(reason)
         if was_ready:
             self._listener.worker_gone(client)
+
+    def relabel(self, client: WorkerClient, role: Role) -> None:
+        """Give a ready worker that is idle another role. Its process is not told: roles are labels, and an engine that
+        moves KV does both. Its next process is started with the new one."""
+        former, client.role = client.role, role
+        self._listener.worker_relabelled(client, former)
 
     # -------------------------------------------------------------- messages
 
@@ -153,7 +162,7 @@ class WorkerPool:
             return f"it has tokenizer {hello.tokenizer_fingerprint}, the server {want.tokenizer_fingerprint}"
         client = self._clients.get(hello.worker_id)
         if client is not None and client.role is not hello.role:
-            return f"it is a {hello.role} worker, {hello.worker_id} is a {client.role} worker"
+            return f"it says --role {hello.role}, but {hello.worker_id} is a {client.role} worker here"
         return None
 
     def _ready(self, identity: bytes, client: WorkerClient, ready: wire.Ready) -> None:

@@ -9,7 +9,7 @@ import orjson
 import pytest
 
 from trtserve.server.api.openapi import openapi_document
-from trtserve.server.api.schema_bodies import ChatCompletionBody, CompletionBody, DetokenizeBody, TokenizeBody
+from trtserve.server.api.schema_bodies import ChatCompletionBody, CompletionBody, DetokenizeBody, RoleBody, TokenizeBody
 
 ROUTES = {
     ("post", "/v1/chat/completions"),
@@ -21,6 +21,8 @@ ROUTES = {
     ("get", "/v1/models"),
     ("get", "/v1/models/{model}"),
     ("delete", "/v1/requests/{request_id}"),
+    ("get", "/v1/workers"),
+    ("post", "/v1/workers/{worker_id}/role"),
     ("get", "/v1/router/state"),
     ("post", "/v1/router/check"),
     ("get", "/health"),
@@ -102,7 +104,7 @@ def test_only_a_server_with_keys_asks_for_one():
     assert "security" not in keyed["paths"]["/health"]["get"]
 
 
-@pytest.mark.parametrize("model", [ChatCompletionBody, CompletionBody, TokenizeBody, DetokenizeBody])
+@pytest.mark.parametrize("model", [ChatCompletionBody, CompletionBody, TokenizeBody, DetokenizeBody, RoleBody])
 def test_bodies_are_the_models(model: Any):
     schemas = openapi_document("1")["components"]["schemas"]
     assert schemas[model.__name__]["properties"].keys() == model.model_fields.keys()

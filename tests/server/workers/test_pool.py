@@ -38,7 +38,7 @@ async def test_a_worker_started_by_hand_needs_no_plan(house):
         ({"token": "n\xf6"}, "its token is not this server's"),
         ({"model_fingerprint": "other"}, "it has model other, the server model"),
         ({"tokenizer_fingerprint": "other"}, "it has tokenizer other"),
-        ({"role": Role.PREFILL}, "it is a prefill worker, agg-0 is a agg worker"),
+        ({"role": Role.PREFILL}, "it says --role prefill, but agg-0 is a agg worker here"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -1,0 +1,60 @@
+"""The routes for operators of workers: what there is, and another role for one of them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from trtserve.plugins.api import Role, WorkerId
+from trtserve.server.api.body import read_body
+from trtserve.server.api.inspection import json_response
+from trtserve.server.api.schema import parse_role
+from trtserve.server.api.serving import Serving
+from trtserve.server.workers.client import WorkerClient
+
+
+class Workers:
+    """Handlers for Starlette."""
+
+    def __init__(self, serving: Serving) -> None:
+        self._serving = serving
+
+    async def list(self, request: Request) -> Response:
+        """Every worker with its role, state and load."""
+        return json_response({"workers": [self._described(client) for client in self._serving.cluster.pool]})
+
+    async def change_role(self, request: Request) -> Response:
+        """Waits until the worker is drained; its client may leave meanwhile without changing that."""
+        serving = self._serving
+        max_bytes = serving.limits.max_body_bytes
+        raw = await read_body(dict(request.scope), request.receive, request._send, max_bytes)  # type: ignore[arg-type]
+        wanted = parse_role(raw)
+        worker_id = WorkerId(request.path_params["worker_id"])
+        former = await serving.roles.change(worker_id, Role(wanted.role), wanted.drain_timeout_s, bool(wanted.force))
+        return json_response({"worker": self._described(serving.cluster.pool[worker_id]), "former_role": former})
+
+    def _described(self, client: WorkerClient) -> dict[str, Any]:
+        is_draining = self._serving.roles.is_draining(client.worker_id)
+        port = client.kv.port
+        described: dict[str, Any] = {
+            "id": client.worker_id,
+            "role": client.role,
+            "state": "draining" if is_draining else client.state,
+            "phase": client.phase,
+            "restarts": client.restarts,
+            "booked_sequences": self._serving.cluster.booked(client.worker_id),
+            "load": asdict(client.load),
+            "kv": None,
+        }
+        if port is not None:
+            described["kv"] = {
+                "transfers": [name for name, _ in port.exports],
+                "rows": port.num_rows,
+                "row_bytes": port.block_bytes,
+                "usage": msgspec.structs.asdict(client.kv.usage),
+            }
+        return described

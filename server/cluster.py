@@ -22,12 +22,13 @@ from trtserve.plugins.api import (
 from trtserve.plugins.blocks import block_hashes
 from trtserve.server.errors import Overloaded
 from trtserve.server.hand_over import EXTEND_S, ServerHandOver
-from trtserve.server.metrics import Metrics, ServerSample, WorkerSample
+from trtserve.server.metrics import LinkSample, Metrics, ServerSample, WorkerSample
 from trtserve.server.requests import LiveRequests
 from trtserve.server.router.core import Booking, IndexCheck
 from trtserve.server.router.router import Router, ServerBooking
 from trtserve.server.router.transfer_times import TransferTimes
 from trtserve.server.workers.client import WorkerClient, WorkerState
+from trtserve.server.workers.kv_links import KVLink
 from trtserve.server.workers.kv_messages import KVFetched
 from trtserve.server.workers.pool import WorkerPool
 
@@ -222,7 +223,8 @@ class ServerCluster:
     def sample(self, live: LiveRequests) -> ServerSample:
         """The state for a scrape of the metrics."""
         workers = [self._sample_worker(client) for client in self.pool]
-        return ServerSample(len(live), self._router.num_held, self._router.held_tokens, workers)
+        links = [_sample_link(client, link) for client in self.pool for link in client.kv.links]
+        return ServerSample(len(live), self._router.num_held, self._router.held_tokens, workers, links)
 
     def _sample_worker(self, client: WorkerClient) -> WorkerSample:
         load, info = client.load, client.info
@@ -246,3 +248,15 @@ class ServerCluster:
             indexed_blocks=indexed_blocks,
             event_gaps=event_gaps,
         )
+
+
+def _sample_link(reader: WorkerClient, link: KVLink) -> LinkSample:
+    return LinkSample(
+        source=link.worker_id,
+        reader=reader.worker_id,
+        is_up=link.is_up,
+        transfer=link.transfer,
+        lane=link.lane,
+        bandwidth_bytes_per_s=link.bandwidth_bytes_per_s,
+        failures=link.failures,
+    )

@@ -3,11 +3,14 @@ so that connections are up before the first request needs them."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 from trtserve.plugins.api import Role
 from trtserve.server.workers.client import WorkerClient
-from trtserve.server.workers.kv_messages import KVPeer, KVPeerGone
+from trtserve.server.workers.kv_messages import KVPeer
+
+logger = logging.getLogger(__name__)
 
 
 class KVPeers:
@@ -20,6 +23,10 @@ class KVPeers:
         """A worker takes requests from now on."""
         port = client.kv.port
         if port is None:
+            if client.role is not Role.AGG:
+                logger.warning(
+                    "%s can neither give nor take KV, so prompts are computed twice; see its log", client.worker_id
+                )
             return
         mine = KVPeer(client.worker_id, client.kv.incarnation, port.layout, port.info, port.exports)
         for other, theirs in self._ready.items():
@@ -32,7 +39,7 @@ class KVPeers:
         mine = self._ready.pop(client, None)
         if mine is not None:
             for other in self._readers():
-                other.send(KVPeerGone(mine.worker_id, mine.incarnation))
+                other.kv.links.part(mine.worker_id, mine.incarnation)
 
     def relabelled(self, client: WorkerClient, former: Role) -> None:
         """It has another role now, and nothing is read from it or by it at present."""
@@ -42,7 +49,7 @@ class KVPeers:
         if former is Role.DECODE:
             for other, theirs in self._ready.items():
                 if other.role is Role.PREFILL:
-                    client.send(KVPeerGone(theirs.worker_id, theirs.incarnation))
+                    client.kv.links.part(theirs.worker_id, theirs.incarnation)
         self.ready(client)
 
     def _readers(self) -> Iterable[WorkerClient]:
@@ -51,4 +58,4 @@ class KVPeers:
 
 def _introduce(peer: KVPeer, role: Role, reader: WorkerClient) -> None:
     if role is Role.PREFILL and reader.role is Role.DECODE:
-        reader.send(peer)
+        reader.kv.links.introduce(peer)

@@ -57,6 +57,19 @@ class WorkerSample:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkSample:
+    """Who reads whose KV, at the time of a scrape."""
+
+    source: str  # the worker that is read
+    reader: str
+    is_up: bool
+    transfer: str
+    lane: str
+    bandwidth_bytes_per_s: float
+    failures: int
+
+
+@dataclass(frozen=True, slots=True)
 class ServerSample:
     """The server at the time of a scrape."""
 
@@ -64,6 +77,7 @@ class ServerSample:
     queued_requests: int
     queued_tokens: int
     workers: Sequence[WorkerSample]
+    links: Sequence[LinkSample] = ()
 
 
 class Metrics:
@@ -167,6 +181,7 @@ class _StateCollector(Collector):
         yield GaugeMetricFamily("trtserve_queued_tokens", "Prompt tokens of those", now.queued_tokens)
         yield from _engine_gauges(now)
         yield from _worker_families(now.workers)
+        yield from _link_families(now.links)
 
 
 def _engine_gauges(now: ServerSample) -> Iterable[Metric]:
@@ -215,3 +230,24 @@ def _worker_families(workers: Sequence[WorkerSample]) -> Iterable[Metric]:
         for worker in workers:
             counter.add_metric((worker.worker_id, worker.role), read(worker))
         yield counter
+
+
+def _link_families(links: Sequence[LinkSample]) -> Iterable[Metric]:
+    """Labels: `from` is read by `to`."""
+    pair = ("from", "to")
+    up = GaugeMetricFamily("trtserve_kv_link_up", "1 while one worker can read the other's KV", labels=pair)
+    info = GaugeMetricFamily("trtserve_kv_link_info", "Always 1", labels=(*pair, "transfer", "lane"))
+    bandwidth = GaugeMetricFamily(
+        "trtserve_kv_link_bandwidth_bytes_per_second", "What the probe of a connection measured; rough", labels=pair
+    )
+    failures = CounterMetricFamily(
+        "trtserve_kv_link_failures", "Times that a connection failed to come or was lost", labels=pair
+    )
+    for link in links:
+        names = (link.source, link.reader)
+        up.add_metric(names, int(link.is_up))
+        failures.add_metric(names, link.failures)
+        if link.is_up:
+            info.add_metric((*names, link.transfer, link.lane), 1)
+            bandwidth.add_metric(names, link.bandwidth_bytes_per_s)
+    return up, info, bandwidth, failures

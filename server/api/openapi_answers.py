@@ -139,7 +139,26 @@ def _other_schemas() -> dict[str, Schema]:
 
 
 def _worker() -> Schema:
-    kv = _object({"transfers": _array(_STRING), "rows": _INTEGER, "row_bytes": _INTEGER, "usage": {"type": "object"}})
+    link = _object(
+        {
+            "worker": _STRING,
+            "is_connected": _BOOLEAN,
+            "transfer": _nullable(_STRING),
+            "lane": _nullable(_STRING),
+            "bandwidth_bytes_per_second": _nullable(_NUMBER),
+            "failures": _INTEGER,
+            "problem": _nullable(_STRING),
+        }
+    )
+    kv = _object(
+        {
+            "transfers": _array(_STRING),
+            "rows": _INTEGER,
+            "row_bytes": _INTEGER,
+            "reads_from": _array(link),
+            "usage": {"type": "object"},
+        }
+    )
     return _object(
         {
             "id": _STRING,

@@ -15,6 +15,7 @@ from trtserve.server.api.inspection import json_response
 from trtserve.server.api.schema import parse_role
 from trtserve.server.api.serving import Serving
 from trtserve.server.workers.client import WorkerClient
+from trtserve.server.workers.kv_links import KVLink
 
 
 class Workers:
@@ -55,6 +56,19 @@ class Workers:
                 "transfers": [name for name, _ in port.exports],
                 "rows": port.num_rows,
                 "row_bytes": port.block_bytes,
+                "reads_from": [_link(link) for link in client.kv.links],
                 "usage": msgspec.structs.asdict(client.kv.usage),
             }
         return described
+
+
+def _link(link: KVLink) -> dict[str, Any]:
+    return {
+        "worker": link.worker_id,
+        "is_connected": link.is_up,
+        "transfer": link.transfer or None,
+        "lane": link.lane or None,
+        "bandwidth_bytes_per_second": link.bandwidth_bytes_per_s if link.is_up else None,
+        "failures": link.failures,
+        "problem": link.problem or None,
+    }

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from trtserve.plugins.api import KVHandle, Request, RequestId, WorkerId
 from trtserve.server.errors import WorkerLost
+from trtserve.server.workers.kv_links import KVLinks
 from trtserve.server.workers.kv_messages import (
     MAX_LEASES,
     KVAbort,
@@ -59,6 +60,7 @@ class KVClient:
         self.incarnation = 0
         self.port: KVPort | None = None  # None: it takes no part in the hand-over
         self.usage = KVUsage()  # as of the last heartbeat
+        self.links = KVLinks(worker_id, send)
         self._publications: dict[RequestId, _Publication] = {}
         self._releases: dict[int, asyncio.Future[bool]] = {}
         self._fetches: dict[RequestId, asyncio.Future[KVFetched]] = {}
@@ -69,10 +71,12 @@ class KVClient:
         """A new process said hello."""
         self.incarnation = incarnation
         self.port, self.usage = None, KVUsage()
+        self.links.clear()
 
     def gone(self, reason: str) -> None:
         """Everything that waits fails now. Idempotent."""
         self.port, self.usage = None, KVUsage()
+        self.links.clear()
         waiting: list[asyncio.Future[KVHandle | None] | asyncio.Future[bool] | asyncio.Future[KVFetched]] = [
             *(publication.whole for publication in self._publications.values()),
             *self._releases.values(),

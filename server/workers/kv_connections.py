@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from trtserve.plugins.api import WorkerId
 from trtserve.plugins.transfer_api import KVTransfer, Peer, TransferError
-from trtserve.server.workers.kv_messages import KVPeer
+from trtserve.server.workers.kv_messages import KVLinked, KVPeer
 from trtserve.server.workers.kv_transport import TransportThread
 
 logger = logging.getLogger(__name__)
@@ -18,6 +18,7 @@ IMPORT_S = 5.0  # holds up the transport's thread, so other peers' reads too
 _RETRY_IMPORT_S = 1.0
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
+_MOST_PROBLEM = 4096  # characters, as the message takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class Connections:
     """One incarnation of each peer. All calls on the transport's thread.
 
     transfers: opened; for each peer, the first of them that reaches it. layout: a peer with another one is refused.
+    report: told whenever a connection comes, is lost or fails to come.
     """
 
     def __init__(
@@ -50,11 +52,13 @@ class Connections:
         thread: TransportThread,
         transfers: Sequence[KVTransfer],
         layout: str,
+        report: Callable[[KVLinked], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._thread = thread
         self._transfers = transfers
         self._layout = layout
+        self._report = report
         self._clock = clock
         self._known: dict[WorkerId, _Known] = {}
 
@@ -102,6 +106,7 @@ class Connections:
             known.problem = f"its KV layout is {message.layout}, the own one {self._layout}"
             known.retry_s = float("inf")
             logger.error("worker %s cannot be read: %s", message.worker_id, known.problem)
+            self._report_problem(known)
             return
         try:
             known.connection = self._import(message, deadline_s)
@@ -112,6 +117,10 @@ class Connections:
         peer = known.connection.peer
         gigabytes_per_s = peer.bandwidth_bytes_per_s / 1e9
         logger.info("KV of %s comes over %s, %.1f GB/s at the probe", message.worker_id, peer.lane, gigabytes_per_s)
+        transfer = known.connection.transfer.name
+        self._report(
+            KVLinked(message.worker_id, message.incarnation, transfer, peer.lane, peer.bandwidth_bytes_per_s, "")
+        )
 
     def _import(self, message: KVPeer, deadline_s: float) -> Connection:
         """By the first transfer that can. Raises TransferError with all their reasons."""
@@ -133,6 +142,11 @@ class Connections:
         known.problem = problem
         known.retry_s = self._clock() + known.pause_s
         known.pause_s = min(2 * known.pause_s, _LONGEST_PAUSE_S)
+        self._report_problem(known)
+
+    def _report_problem(self, known: _Known) -> None:
+        message = known.message
+        self._report(KVLinked(message.worker_id, message.incarnation, "", "", 0.0, known.problem[:_MOST_PROBLEM]))
 
     def _forget(self, worker_id: WorkerId) -> None:
         known = self._known.pop(worker_id, None)

@@ -204,7 +204,7 @@ class KVExchange:
         memory: RowMemory,
     ) -> _Parts:
         staging = Staging(num_rows, options.lease_s, options.clock)
-        connections = Connections(thread, memory.transfers, layout.fingerprint, options.clock)
+        connections = Connections(thread, memory.transfers, layout.fingerprint, self._send, options.clock)
         publisher = Publisher(engine.store, staging, info.max_num_tokens, self._send)
         fetcher = Fetcher(
             engine.store, engine.call, staging, thread, connections, layout.block_bytes, self._send, options.clock

@@ -25,6 +25,7 @@ MAX_LEASES = 4096
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Bytes: TypeAlias = Annotated[int, Meta(ge=0, le=2**62)]
 Seconds: TypeAlias = Annotated[float, Meta(ge=0)]
+BytesPerSecond: TypeAlias = Annotated[float, Meta(ge=0)]
 Id: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Rows: TypeAlias = Annotated[bytes, Meta(max_length=4 * MAX_ROWS)]  # int32[num_rows]
 Text: TypeAlias = Annotated[str, Meta(max_length=4096)]
@@ -97,6 +98,18 @@ class KVFetched(msgspec.Struct, tag="kv_fetched", frozen=True, array_like=True):
     reason: Text  # for people, where it is not ok or blocks are missing
 
 
+class KVLinked(msgspec.Struct, tag="kv_linked", frozen=True, array_like=True):
+    """What became of the connection to a peer that `KVPeer` told of: sent whenever it comes, is lost, or fails to
+    come."""
+
+    worker_id: WorkerId  # of the peer
+    incarnation: Id
+    transfer: Text  # "" without a connection, as for lane
+    lane: Text  # how bytes travel
+    bandwidth_bytes_per_s: BytesPerSecond  # of the probe; rough
+    problem: Text  # why there is no connection; "" where there is one
+
+
 # ------------------------------------------------------------------ server -> worker
 
 
@@ -156,7 +169,7 @@ class KVRelease(msgspec.Struct, tag="kv_release", frozen=True, array_like=True):
     lease_id: Id
 
 
-KVFromWorker: TypeAlias = KVPublished | KVReleased | KVFetched
+KVFromWorker: TypeAlias = KVPublished | KVReleased | KVFetched | KVLinked
 KVToWorker: TypeAlias = KVPeer | KVPeerGone | KVFetch | KVCommit | KVAbort | KVExtend | KVRelease
 
 

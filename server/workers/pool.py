@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 from trtserve.plugins.api import Role, WorkerId
 from trtserve.server.workers import wire
 from trtserve.server.workers.client import StepListener, WorkerClient, WorkerState
-from trtserve.server.workers.kv_messages import KVFetched, KVPublished, KVReleased
+from trtserve.server.workers.kv_messages import KVFetched, KVLinked, KVPublished, KVReleased
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +120,8 @@ class WorkerPool:
                 client.kv.on_released(message)
             case KVFetched():
                 client.kv.on_fetched(message)
+            case KVLinked():
+                client.kv.links.on_linked(message)
             case wire.Failed():
                 self.gone(client, message.reason)
 

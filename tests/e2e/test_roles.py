@@ -75,6 +75,22 @@ def test_what_cannot_be_is_refused(slow: ServerProcess):
     assert {worker(slow, name)["state"] for name in ("prefill-0", "prefill-1", "decode-0")} == {"ready"}
 
 
+def test_who_reads_whom_is_told(slow: ServerProcess):
+    slow.until_metric("trtserve_kv_link_up", lambda value: value == 2)
+    links = sorted(worker(slow, "decode-0")["kv"]["reads_from"], key=lambda link: link["worker"])
+    assert [(link["worker"], link["transfer"], link["problem"]) for link in links] == [
+        ("prefill-0", "shm", None),
+        ("prefill-1", "shm", None),
+    ]
+    now = slow.metrics()
+    info = f'trtserve_kv_link_info{{from="prefill-0",lane="{links[0]["lane"]}",to="decode-0",transfer="shm"}}'
+    assert now[info] == 1
+    bandwidth = now['trtserve_kv_link_bandwidth_bytes_per_second{from="prefill-0",to="decode-0"}']
+    assert bandwidth == links[0]["bandwidth_bytes_per_second"] > 1e6
+    assert slow.output.count("decode-0 reads the KV of prefill-1 by shm") == 1
+    assert worker(slow, "prefill-0")["kv"]["reads_from"] == []
+
+
 def test_aggregated_workers_have_one_role(server: ServerProcess):
     assert refusal(change(server, "agg-0", "decode")) == (409, "one_role")
     assert worker(server, "agg-0")["kv"] is None

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from trtserve.plugins.api import Role, WorkerId
 from trtserve.plugins.transfer_api import PeerInfo
 from trtserve.server.kv_peers import KVPeers
+from trtserve.server.workers.kv_links import KVLinks
 from trtserve.server.workers.kv_messages import KVPeer, KVPort
 
 NAMES = ["a", "b", "c", "d"]
@@ -21,7 +22,9 @@ class Played:
         self.role = Role.PREFILL
         self.known: set[tuple[str, int]] = set()
         info = PeerInfo(self.worker_id, 1, "boot", "pid:1", 0, 1, "127.0.0.1")
-        self.kv = SimpleNamespace(port=KVPort("layout", 64, 8, info, ()), incarnation=0)
+        self.kv = SimpleNamespace(
+            port=KVPort("layout", 64, 8, info, ()), incarnation=0, links=KVLinks(self.worker_id, self.send)
+        )
 
     def send(self, message) -> bool:
         who = (message.worker_id, message.incarnation)
@@ -46,6 +49,7 @@ def test_whatever_comes_goes_and_changes(acts):
             there.discard(name)
         elif name not in there:
             client.role, client.known = Role(act), set()
+            client.kv.links.clear()
             client.kv.incarnation += 1
             peers.ready(client)
             there.add(name)
@@ -54,4 +58,6 @@ def test_whatever_comes_goes_and_changes(acts):
             peers.relabelled(client, former)
         givers = {(other, workers[other].kv.incarnation) for other in there if workers[other].role is Role.PREFILL}
         for other in there:
-            assert workers[other].known == (givers if workers[other].role is Role.DECODE else set())
+            known = givers if workers[other].role is Role.DECODE else set()
+            links = {(link.worker_id, link.incarnation) for link in workers[other].kv.links}
+            assert workers[other].known == links == known

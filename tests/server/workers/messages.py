@@ -120,6 +120,7 @@ FROM_WORKER = st.one_of(
     st.builds(kv.KVPublished, REQUEST_ID, ID, SMALL_COUNT, ROWS, st.booleans()),
     st.builds(kv.KVReleased, ID, st.booleans()),
     st.builds(kv.KVFetched, REQUEST_ID, st.booleans(), SMALL_COUNT, COUNT, SECONDS, TEXT, TEXT),
+    st.builds(kv.KVLinked, NAME, ID, TEXT, TEXT, SECONDS, TEXT),
     st.builds(wire.Failed, TEXT),
 )
 TO_WORKER = st.one_of(

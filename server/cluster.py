@@ -20,6 +20,7 @@ from trtserve.plugins.api import (
     WorkerId,
 )
 from trtserve.plugins.blocks import block_hashes
+from trtserve.server.departures import Departures
 from trtserve.server.errors import Overloaded
 from trtserve.server.hand_over import EXTEND_S, ServerHandOver
 from trtserve.server.metrics import LinkSample, Metrics, ServerSample, WorkerSample
@@ -50,6 +51,7 @@ class ServerCluster:
         self._explained: dict[RequestId, list[Booking]] = {}
         self._hand_overs: set[ServerHandOver] = set()
         self._transfer_times = TransferTimes()
+        self._departures = Departures(metrics.cancel_to_free)
 
     def attach(self, pool: WorkerPool) -> None:
         """The pool that runs what the router places; it needs this object first."""
@@ -77,6 +79,7 @@ class ServerCluster:
         self, placement: Placement, request: Request, sink: OutputSink, hand_over: HandOver | None = None
     ) -> Finish:
         client = self.pool[placement.worker_id]
+        self._departures.runs(request.id, hand_over is not None)
         if hand_over is None:
             return await client.run(request, sink)
         assert isinstance(hand_over, ServerHandOver)
@@ -97,6 +100,10 @@ class ServerCluster:
 
     def stop(self, request_id: RequestId) -> None:
         any(client.stop(request_id) for client in self.pool)
+
+    def over(self, request_id: RequestId, cancelled_s: float | None, has_tokens: bool) -> None:
+        """The mode is done with a sequence. cancelled_s: when it was cancelled, by time.monotonic(), if it was."""
+        self._departures.over(request_id, cancelled_s, has_tokens, self.pool)
 
     # -------------------------------------------------------------- HandOverListener
 

@@ -20,6 +20,7 @@ from prometheus_client.registry import Collector
 from trtserve.server.instruments import Counter, Family, Gauge, Histogram
 
 STAGES = ("validate", "template", "tokenize", "route")
+PHASES = ("queued", "prefill", "hand_over", "decode")
 FINISH_REASONS = ("stop", "length")
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -31,6 +32,7 @@ _TPOT_BUCKETS = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 
 _E2E_BUCKETS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 _DECISION_BUCKETS = (0.00001, 0.000025, 0.00005, 0.0001, 0.0002, 0.0003, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.1)
 _PREFIX_ERROR_BUCKETS = (-16384, -4096, -1024, -256, -64, -1, 0, 64, 256, 1024, 4096, 16384)
+_FREE_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _STAGE_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.5, 1, 5, 30)
 
 
@@ -138,6 +140,14 @@ class Metrics:
         self.kv_fetch_seconds = self._histogram(
             "trtserve_kv_fetch_duration_seconds", "From the first read of a prompt's KV to the last", _STAGE_BUCKETS
         )
+        cancel_to_free = self._histograms(
+            "trtserve_cancel_to_free_seconds",
+            "From a sequence's cancellation until nothing of it is held any more, by the phase it was in: "
+            f"{', '.join(PHASES)}",
+            _FREE_BUCKETS,
+            "phase",
+        )
+        self.cancel_to_free = {phase: cancel_to_free.labels(phase) for phase in PHASES}
         self.loop_delay = self._gauges(
             "trtserve_event_loop_delay_seconds", "How late the last timer of the event loop was"
         ).labels()

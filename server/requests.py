@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -18,12 +19,14 @@ class LiveRequest:
         self.public_id = public_id
         self.deadline_s = deadline_s
         self.reason: ServeError | None = None
+        self.cancelled_s: float | None = None  # time.monotonic()
         self._task = task
 
     def cancel(self, reason: ServeError) -> None:
         """End the request with this error; only the first call counts."""
         if self.reason is None:
             self.reason = reason
+            self.cancelled_s = time.monotonic()
             self._task.cancel()
 
 

@@ -202,7 +202,13 @@ class Generation:
             else:
                 await self._run_many(requests, on_end)
         finally:
+            self._over(requests)
             self._count()
+
+    def _over(self, requests: Sequence[Request]) -> None:
+        for request, choice in zip(requests, self.choices, strict=True):
+            cancelled_s = self.live.cancelled_s if choice.finish_reason is None else None
+            self.serving.cluster.over(request.id, cancelled_s, choice.num_tokens > 0)
 
     async def _run_many(self, requests: Sequence[Request], on_end: OnEnd) -> None:
         try:

@@ -89,7 +89,8 @@ class WorkerClient:
         self.restarts = 0
         self._runs: dict[int, _Run] = {}
         self._pushes: dict[int, Callable[[Sequence[int], None], None]] = {}  # the sinks' methods, for the hot path
-        self._cancelled: set[int] = set()
+        # Not wanted any more, and the worker has not said yet that it holds nothing of them.
+        self._cancelled: dict[int, Callable[[], None] | None] = {}
         self._send: Callable[[wire.ToWorker], bool] | None = None
         self.kv = KVClient(worker_id, self.send)
 
@@ -115,7 +116,9 @@ class WorkerClient:
         self.state = WorkerState.GONE
         self.phase = reason
         self._send = None
-        self._cancelled.clear()
+        cancelled, self._cancelled = self._cancelled, {}
+        for let_go in filter(None, cancelled.values()):
+            let_go()
         self._pushes.clear()
         runs, self._runs = self._runs, {}
         for run in runs.values():
@@ -174,7 +177,7 @@ class WorkerClient:
         finally:
             self._pushes.pop(request.id, None)
             if self._runs.pop(request.id, None) is not None:
-                self._cancelled.add(request.id)
+                self._cancelled[request.id] = None
                 self.send(wire.Cancel(request.id))
 
     # -------------------------------------------------------------- what the worker reports
@@ -249,7 +252,9 @@ class WorkerClient:
             start += count
 
     def _finish(self, detail: wire.Detail, reason: FinishReason) -> None:
-        self._cancelled.discard(detail.request_id)
+        let_go = self._cancelled.pop(detail.request_id, None)
+        if let_go is not None:
+            let_go()
         self._pushes.pop(detail.request_id, None)
         run = self._runs.pop(detail.request_id, None)
         if run is not None and not run.ended.done():
@@ -262,10 +267,18 @@ class WorkerClient:
         run = self._runs.pop(request_id, None)
         if run is None:
             return False
-        self._cancelled.add(request_id)
+        self._cancelled[request_id] = None
         self.send(wire.Cancel(request_id))
         if not run.ended.done():
             run.ended.set_result(Finish(FinishReason.STOP))
+        return True
+
+    def when_let_go(self, request_id: RequestId, let_go: Callable[[], None]) -> bool:
+        """Call back once the worker holds nothing of a cancelled request any more, or is lost. False where it holds
+        nothing now: nobody is called then."""
+        if request_id not in self._cancelled:
+            return False
+        self._cancelled[request_id] = let_go
         return True
 
     # -------------------------------------------------------------- health

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import socket
+from collections.abc import Callable
 
 import pytest
 
-from tests.e2e.process import Serve, ServerProcess
+from tests.e2e.process import Serve, ServerProcess, eventually
 from tests.e2e.sse import events
 
 NUM_BLOCKS = 512
@@ -22,6 +23,19 @@ def narrow(serve_module: Serve) -> ServerProcess:
     """One sequence at a time, and prefills of ten tokens a pass, each of 20 ms."""
     arguments = ("--max-num-seqs", "1", "--max-num-tokens", "10", "--max-buffered-kib", "64")
     return serve_module(*arguments, num_blocks=NUM_BLOCKS, options=("prefill_constant_ms=20",)).until_ready()
+
+
+@pytest.fixture
+def freed(narrow: ServerProcess) -> Callable[[str], None]:
+    """Wait until one sequence more has been given back in that phase."""
+    name = "trtserve_cancel_to_free_seconds_count"
+    before = narrow.metrics()
+
+    def wait(phase: str) -> None:
+        sample = f'{name}{{phase="{phase}"}}'
+        eventually(lambda: narrow.metrics()[sample] == before[sample] + 1, sample)
+
+    return wait
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +62,7 @@ def send(server: ServerProcess, body: dict) -> socket.socket:
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_while_queued(narrow, streams):
+def test_while_queued(narrow, streams, freed):
     with narrow.client.stream("POST", PATH, json=LONG | {"stream": True}) as running:
         chunks = events(running.iter_lines())
         next(chunks)
@@ -56,23 +70,26 @@ def test_while_queued(narrow, streams):
             narrow.until_metric("trtserve_queued_requests", lambda value: value == 1)
         narrow.until_metric("trtserve_queued_requests", lambda value: value == 0)
         assert narrow.metric("trtserve_inflight_requests") == 1
+        freed("queued")
         narrow.client.delete(f"/v1/requests/{running.headers['x-request-id']}")
         assert list(chunks)[-1]["error"]["code"] == "request_cancelled"
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_in_prefill(narrow, streams):
+def test_in_prefill(narrow, streams, freed):
     with send(narrow, {"prompt": [7] * 3900, "max_tokens": 1, "stream": streams}):
         narrow.until_metric("trtllm_num_requests_running", lambda value: value == 1)
     narrow.until_metric("trtllm_num_requests_running", lambda value: value == 0, timeout_s=3.0)
+    freed("prefill")
 
 
 @pytest.mark.parametrize("streams", [True, False])
-def test_in_decode(narrow, streams):
+def test_in_decode(narrow, streams, freed):
     before = narrow.metric("trtserve_worker_generation_tokens_total")
     with send(narrow, LONG | {"stream": streams}):
         narrow.until_metric("trtserve_worker_generation_tokens_total", lambda value: value > before + 5)
     narrow.until_metric("trtllm_num_requests_running", lambda value: value == 0, timeout_s=3.0)
+    freed("decode")
 
 
 def test_after_the_first_event(narrow):
@@ -114,3 +131,30 @@ def test_one_that_does_not_read_is_cut_off(serve):
         received = b"".join(iter(lambda: slow.recv(65536), b""))
         assert not received.endswith(b"0\r\n\r\n"), "what was cut off must not look complete"
     server.until_idle(NUM_BLOCKS)
+
+
+def test_between_prefill_and_decode(serve):
+    """The decode worker takes one sequence and has one, so the next one's hand-over waits after its first token."""
+    flags = ("--mode", "disagg", "--disagg-policy", "always", "--max-num-seqs", "1")
+    server = serve(*flags, num_blocks=NUM_BLOCKS).until_ready()
+    server.until_metric("trtserve_worker_up", lambda value: value == 2)
+    with server.client.stream("POST", PATH, json=LONG | {"stream": True}) as running:
+        chunks = events(running.iter_lines())
+        next(chunks)
+        server.until_metric("trtserve_worker_generation_tokens_total", lambda value: value > 3)
+        with send(server, LONG | {"stream": True, "prompt": [9] * 40}) as connection:
+            assert b"data:" in connection.recv(4096)
+            server.until_metric("trtserve_queued_requests", lambda value: value == 1)
+        freed = 'trtserve_cancel_to_free_seconds_count{phase="hand_over"}'
+        eventually(lambda: server.metrics()[freed] == 1, freed)
+        workers = server.client.get("/v1/workers").json()["workers"]
+        assert sorted(worker["booked_sequences"] for worker in workers) == [0, 1]
+        server.client.delete(f"/v1/requests/{running.headers['x-request-id']}")
+        assert list(chunks)[-1]["error"]["code"] == "request_cancelled"
+    server.until_idle(2 * NUM_BLOCKS)
+    eventually(
+        lambda: (
+            not any(worker["kv"]["usage"]["leases"] for worker in server.client.get("/v1/workers").json()["workers"])
+        ),
+        "no lease is left",
+    )

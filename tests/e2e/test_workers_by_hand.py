@@ -122,7 +122,7 @@ def test_another_role(host, join):
     host.until_metric("trtserve_worker_up", lambda value: value == 1)
     worker = join("--role", "decode")
     assert worker.wait() == REFUSED
-    assert "it is a decode worker, hand-0 is a agg worker" in worker.output
+    assert "it says --role decode, but hand-0 is a agg worker here" in worker.output
 
 
 @contextmanager

@@ -72,7 +72,7 @@ def test_fingerprints_follow_the_files(folder):
     second = model.fingerprints()
     assert second.model != first.model and second.tokenizer == first.tokenizer
     weights.write_bytes(len(header).to_bytes(8, "little") + header + b"5678")
-    assert model.fingerprints() == second
+    assert model.fingerprints().model != second.model, "other weights, the same shapes"
     (model.path / "tokenizer.json").write_text("{}")
     assert model.fingerprints().tokenizer != second.tokenizer
 

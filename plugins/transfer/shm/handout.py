@@ -6,8 +6,10 @@ Nothing is read from a peer, so none can hold the thread up. Both ends ask the k
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
+import stat
 import struct
 import time
 from collections.abc import Sequence
@@ -21,6 +23,9 @@ from trtserve.plugins.transfer_api import TransferConfig, TransferError
 GREETING = b"trtserve-shm-1"
 MAX_SEGMENTS = 128  # the kernel passes up to 253 descriptors at once
 SEND_TIMEOUT_S = 1.0
+STALE_AFTER_S = 60.0
+"""A socket younger than this may be one that is bound and does not listen yet."""
+
 _MAX_PATH_BYTES = 107  # sun_path of Linux, less its zero byte
 
 
@@ -45,6 +50,7 @@ class DescriptorServer:
 
     def start(self) -> None:
         """Raises TransferError where the folder is not usable or this incarnation serves already."""
+        sweep(Path(self._path).parent)
         try:
             self._socket.bind(self._path)
             os.chmod(self._path, 0o600)
@@ -76,6 +82,24 @@ class DescriptorServer:
                 socket.send_fds(connection, [GREETING], list(self.descriptors))
         except OSError:
             pass  # the peer has gone or has no descriptor free, and will say so itself
+
+
+def sweep(folder: Path) -> None:
+    """Remove the sockets of workers that were killed: nobody listens there any more. Never raises."""
+    for path in folder.glob("shm-*.sock"):
+        try:
+            status = path.lstat()
+            is_old = time.time() - status.st_mtime > STALE_AFTER_S
+            if is_old and stat.S_ISSOCK(status.st_mode) and _is_abandoned(path):
+                path.unlink(missing_ok=True)
+        except OSError:
+            continue  # another user's, or another worker was faster
+
+
+def _is_abandoned(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) == errno.ECONNREFUSED
 
 
 def receive_descriptors(runtime_dir: str, name: str, pid: int, timeout_s: float) -> list[int]:

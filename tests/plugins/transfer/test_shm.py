@@ -4,6 +4,7 @@ import fcntl
 import mmap
 import os
 import select
+import socket
 import stat
 import tempfile
 from array import array
@@ -291,3 +292,19 @@ def test_no_more_segments_than_can_be_handed_out(opened, runtime_dir):
     assert transfer.import_peer(info, transfer.export(), DEADLINE_S)
     with pytest.raises(TransferError, match="at most"):
         transfer.allocate(4096)
+
+
+def test_sockets_that_killed_workers_left_are_swept_and_no_others(opened, runtime_dir):
+    opened("alive")
+    (living,) = Path(runtime_dir).glob("shm-*.sock")
+    old, young = Path(runtime_dir) / "shm-old.sock", Path(runtime_dir) / "shm-young.sock"
+    for path in (old, young):
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as left:
+            left.bind(str(path))
+    file = Path(runtime_dir) / "shm-file.sock"
+    file.write_text("no socket")
+    for path in (living, old, file):
+        os.utime(path, (1, 1))
+    opened("next")
+    assert not old.exists()
+    assert living.exists() and young.exists() and file.exists()

@@ -88,9 +88,19 @@ def describe_plan(settings: Settings, plan: Plan) -> str:
         "",
         "# processes",
         f"#   server   http://{settings.host}:{settings.port}   workers connect to {endpoint}",
+        *_transfer_lines(settings, plan),
         *(f"#   {worker.worker_id}   role {worker.role}, engine {settings.engine}" for worker in plan.workers),
     ]
     return "\n".join(lines)
+
+
+def _transfer_lines(settings: Settings, plan: Plan) -> list[str]:
+    """How KV moves, in a mode in which it does."""
+    if len(plan.mode.roles) < 2:
+        return []
+    tokens = settings.kv_transfer_tokens
+    room = "a quarter of its KV cache" if tokens is None else f"{tokens} tokens"
+    return [f"#   KV moves by {settings.transfer}, each worker holds {room} for others"]
 
 
 class WorkerCommands:

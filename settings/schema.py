@@ -22,6 +22,10 @@ Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Coefficients = Annotated[tuple[float, float, float], Field(description="constant, linear, quadratic")]
 
 
+MAX_TRANSFER_ROWS = 2**22
+"""KV blocks that a worker can hold for others; the bound of its messages."""
+
+
 class PinnedEstimates(BaseModel):
     """What the router is to take as given instead of learning it."""
 
@@ -85,6 +89,14 @@ class Settings(BaseSettings):
     decode_workers: int = Field(1, ge=1, le=1024, description="decode workers (mode disagg)")
     disagg_policy: Literal["auto", "always", "never"] = Field(
         "auto", description="whether prompts are computed on prefill workers: always, never, or where it is cheaper"
+    )
+
+    kv_transfer_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=2**31 - 1,
+        description="tokens whose KV a worker can hold for others, or take from them, at a time; "
+        "default: a quarter of its KV cache, and one longest sequence at least",
     )
 
     # Engines
@@ -151,6 +163,15 @@ class Settings(BaseSettings):
     def _one_block_source(self) -> Settings:
         if self.num_blocks is not None and self.kv_cache_gib is not None:
             raise ValueError("num_blocks and kv_cache_gib both say how large the KV cache is; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _rows_for_transfers(self) -> Settings:
+        tokens = self.kv_transfer_tokens
+        if tokens is not None and not self.block_size <= tokens <= MAX_TRANSFER_ROWS * self.block_size:
+            raise ValueError(
+                f"kv_transfer_tokens {tokens} is not 1 to {MAX_TRANSFER_ROWS} KV blocks of {self.block_size} tokens"
+            )
         return self
 
 

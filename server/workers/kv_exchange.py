@@ -177,6 +177,13 @@ class KVExchange:
     def _open(self, options: ExchangeOptions, engine: KVEngine, info: EngineInfo, thread: TransportThread) -> KVPort:
         layout = engine.call(engine.store.kv_layout).result(_ATTACH_S)
         num_rows = min(options.num_rows or default_num_rows(info), MAX_ROWS)
+        if num_rows < info.max_seq_len // info.block_size:
+            logger.warning(
+                "KV of %d tokens can be handed over at a time, and a sequence may have %d: of longer prompts only the "
+                "beginning is moved, and the decode worker computes the rest; see --kv-transfer-tokens",
+                num_rows * info.block_size,
+                info.max_seq_len,
+            )
 
         def open_on_thread() -> RowMemory:
             memory = open_rows(options.choice, options.config, layout, num_rows)

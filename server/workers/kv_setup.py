@@ -47,7 +47,8 @@ def exchange_options(settings: WorkerSettings, hello: wire.Hello, manager: Plugi
     config = TransferConfig(
         hello.worker_id, hello.incarnation, str(runtime_dir(settings.connect)), own_address(settings.connect)
     )
-    return ExchangeOptions(choice, config)
+    tokens = settings.kv_transfer_tokens
+    return ExchangeOptions(choice, config, None if tokens is None else -(-tokens // settings.block_size))
 
 
 def runtime_dir(endpoint: str) -> Path:

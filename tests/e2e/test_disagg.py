@@ -125,6 +125,19 @@ def test_auto_computes_short_prompts_where_they_are_decoded(serve: Serve):
     assert server.metrics()['trtserve_mode_events_total{event="local_prefill"}'] == 1
 
 
+def test_with_little_room_the_beginning_moves_and_the_rest_is_computed(
+    serve: Serve, expected: dict[int, str], tmp_path: Path
+):
+    room = ("--kv-transfer-tokens", "64", "--log-dir", str(tmp_path))
+    server = disagg(serve, "--disagg-policy", "always", *room)
+    assert {number: answer(server.client, prompt) for number, prompt in enumerate(prompts())} == expected
+    (kv,) = (one["kv"] for one in server.client.get("/v1/workers").json()["workers"] if one["role"] == "prefill")
+    assert kv["rows"] == 4
+    assert server.metrics()['trtserve_kv_fetches_total{lane="memfd",outcome="valid"}'] > 0
+    assert "KV of 64 tokens can be handed over at a time" in (tmp_path / "prefill-0.log").read_text()
+    server.until_idle(2 * 512)
+
+
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 async def test_a_worker_that_is_killed_costs_no_wrong_token(serve: Serve, expected: dict[int, str], role: str):
     server = disagg(serve, "--disagg-policy", "always", prefill=2, decode=2)

@@ -113,3 +113,20 @@ def test_logs_go_where_the_settings_say(tmp_path):
     assert commands.spec("agg-0", Role.AGG).log_path == f"{tmp_path}/deep/logs/agg-0.log"
     assert (tmp_path / "deep/logs").is_dir()
     assert "log_dir" not in json.loads((tmp_path / "settings.json").read_text())
+
+
+def test_the_plan_tells_how_much_kv_can_be_on_its_way():
+    def described(*flags):
+        settings = load(*flags)
+        return describe_plan(settings, make_plan(settings, PluginManager()))
+
+    assert "KV moves" not in described()
+    assert "KV moves by auto, each worker holds a quarter of its KV cache" in described("--mode=disagg")
+    text = described("--mode=disagg", "--kv-transfer-tokens=4096", "--transfer=shm")
+    assert "KV moves by shm, each worker holds 4096 tokens" in text and "kv_transfer_tokens: 4096" in text
+
+
+@pytest.mark.parametrize("tokens", [0, 15, 2**22 * 16 + 1])
+def test_room_for_kv_is_at_least_a_block_and_bounded(tokens):
+    with pytest.raises(SettingsError, match=r"kv.transfer.tokens"):
+        load(f"--kv-transfer-tokens={tokens}")

@@ -29,6 +29,13 @@ def test_auto_takes_what_is_installed():
     assert (options.config.worker_id, options.config.runtime_dir) == (HELLO.worker_id, "/tmp/some")
 
 
+def test_room_for_kv_is_in_whole_blocks():
+    given = exchange_options(settings(role="decode", kv_transfer_tokens=100), HELLO, PluginManager())
+    default = exchange_options(settings(role="decode"), HELLO, PluginManager())
+    assert given is not None and default is not None
+    assert (given.num_rows, default.num_rows) == (7, None)
+
+
 def test_a_transfer_by_name_is_required():
     options = exchange_options(settings(role="prefill", transfer="shm"), HELLO, PluginManager())
     assert options is not None and list(options.choice.make) == ["shm"] and options.choice.is_required

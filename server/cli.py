@@ -46,8 +46,9 @@ def _serve(arguments: list[str]) -> int:
     api_keys = read_api_keys(settings)
     manager = PluginManager()
     # Imported late: `trtserve plugins` and workers need none of it.
-    from trtserve.server.deployment import describe_plan, make_plan
+    from trtserve.server.deployment import describe_plan, make_plan, with_usable_transfer
 
+    settings = with_usable_transfer(settings, manager)
     plan = make_plan(settings, manager)
     if settings.dry_run:
         print(describe_plan(settings, plan))

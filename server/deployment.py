@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from trtserve.plugins.routing_api import PolicyConfig, RoutingPolicy
 from trtserve.server.workers.token import given_token
 from trtserve.settings.load import SettingsError
 from trtserve.settings.schema import Settings
+
+logger = logging.getLogger(__name__)
 
 _NOT_FOR_WORKERS = {
     *("api_key", "api_key_file", "worker_token", "worker_token_file"),
@@ -64,6 +68,19 @@ def make_plan(settings: Settings, manager: PluginManager) -> Plan:
             "TRTSERVE_WORKER_TOKEN to the server and to them"
         )
     return Plan(mode, policy, engine_options, router_options, workers)
+
+
+def with_usable_transfer(settings: Settings, manager: PluginManager) -> Settings:
+    """The settings with ucx instead of nixl, and a warning, where TensorRT-LLM's variable (no setting of ours) asks for
+    nixl on an arm64 machine that cannot use it: TensorRT-LLM's example does the same there."""
+    is_asked_by_variable = settings.transfer == "nixl" and "transfer" not in settings.model_fields_set
+    if not is_asked_by_variable or platform.machine() not in ("aarch64", "arm64"):
+        return settings
+    problem = manager.problem("transfer", "nixl")
+    if problem is None:
+        return settings
+    logger.warning("TRTLLM_USE_NIXL_KVCACHE is 1, but on this arm64 machine %s; ucx is used instead", problem)
+    return settings.model_copy(update={"transfer": "ucx"})
 
 
 def _plugins_of(settings: Settings) -> list[tuple[str, str]]:

@@ -55,7 +55,8 @@ def load_settings(model: type[AnySettings], arguments: Sequence[str]) -> AnySett
         raise SettingsError("\n".join(_heading(unknown)))
     transfer = _transfer_of_the_environment()
     if transfer is not None and "transfer" not in settings.model_fields_set:
-        return settings.model_copy(update={"transfer": transfer})
+        settings = settings.model_copy(update={"transfer": transfer})
+        settings.model_fields_set.discard("transfer")  # so that it can be told from a setting
     return settings
 
 

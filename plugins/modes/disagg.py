@@ -105,6 +105,9 @@ class DisaggregatedMode:
 
     async def _prefill(self, request: Request, kept: Kept, cluster: Cluster, kv: HandOver) -> Finish | None:
         """The first token. None where no prefill worker could give it: the decode worker computes the prompt then."""
+        if self._policy == "always" and cluster.predict(request, Role.PREFILL) is None:
+            cluster.count("prefill_moved_to_decode")
+            return None
         first = replace(request, sampling=replace(request.sampling, max_tokens=1))
         for attempt in range(PREFILL_ATTEMPTS):
             try:
@@ -113,7 +116,10 @@ class DisaggregatedMode:
             except WorkerFailure:
                 if kept.tokens:
                     return Finish(FinishReason.LENGTH)
-                cluster.count("prefill_retried" if attempt + 1 < PREFILL_ATTEMPTS else "prefill_moved_to_decode")
+                if attempt + 1 == PREFILL_ATTEMPTS or cluster.predict(first, Role.PREFILL) is None:
+                    cluster.count("prefill_moved_to_decode")
+                    break
+                cluster.count("prefill_retried")
         return None
 
     async def _begin_early(
@@ -154,6 +160,7 @@ class DisaggregatedMode:
                     return await self._go_on(rest, kept, cluster, kv, placed)
             except WorkerFailure:
                 if attempt + 1 == DECODE_ATTEMPTS:
+                    cluster.count("decode_lost")
                     raise
                 placement = None
                 cluster.count("decode_retried")

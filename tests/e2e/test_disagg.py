@@ -162,6 +162,16 @@ async def test_a_worker_that_is_killed_costs_no_wrong_token(serve: Serve, expect
     server.until_idle(4 * 512)
 
 
+def test_without_its_only_prefill_worker_the_decode_worker_computes_prompts(serve: Serve, expected: dict[int, str]):
+    server = disagg(serve, "--disagg-policy", "always")
+    os.kill(worker_pid(server, "prefill-0"), signal.SIGKILL)
+    server.until_metric("trtserve_worker_up", lambda value: value == 1)
+    assert [answer(server.client, prompt) for prompt in prompts()[:4]] == [expected[number] for number in range(4)]
+    assert server.metrics()['trtserve_mode_events_total{event="prefill_moved_to_decode"}'] > 0
+    server.until_metric("trtserve_worker_up", lambda value: value == 2)
+    server.until_idle(2 * 512)
+
+
 def worker_pid(server: ServerProcess, worker_id: str) -> int:
     for pid in server.worker_pids():
         if worker_id in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):

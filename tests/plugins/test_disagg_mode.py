@@ -63,12 +63,16 @@ class Placement:
         self._cluster.booked.remove(self)
 
 
+MOVED = ["remote_prefill", "prefill_moved_to_decode"]
+ANY_WORKER = dict.fromkeys(Role, Prediction(0.0, 1.0, 10, 0))
+
+
 class PlayedCluster:
     """`runs`: what each run does, in order: a list of tokens and a Finish, a Lost, or an event to wait for."""
 
     def __init__(self, *runs, transfers=(), predictions=None):
         self.runs, self.transfers = list(runs), list(transfers)
-        self.predictions = predictions or {}
+        self.predictions = ANY_WORKER if predictions is None else predictions
         self.booked, self.placed, self.submitted, self.counted = [], [], [], []
         self.kv = PlayedHandOver(self)
 
@@ -191,6 +195,17 @@ async def test_without_a_prefill_the_decode_worker_computes_the_prompt():
     assert cluster.submitted[-1][0].num_resumed == 0 and cluster.kv.began_on == []
 
 
+@pytest.mark.parametrize("was_ready", [True, False])
+async def test_where_no_prefill_worker_is_ready_the_decode_worker_computes_the_prompt(was_ready):
+    """It was the only one that died, or there was none from the beginning."""
+    cluster = PlayedCluster(*([([], Lost())] if was_ready else []), ([7, 8], STOP))
+    answers = iter([ANY_WORKER[Role.PREFILL]] if was_ready else [])
+    cluster.predict = lambda request, role: next(answers, None)
+    finish, sink = await run(cluster)
+    assert (finish.reason, sink.tokens, cluster.counted) == (STOP, [7, 8], MOVED)
+    assert cluster.placed[-1] == ("decode", False)
+
+
 async def test_a_prefill_lost_after_its_token_is_not_repeated():
     cluster = PlayedCluster(([7], Lost()), ([8], STOP), transfers=[False])
     finish, sink = await run(cluster)
@@ -224,6 +239,7 @@ async def test_two_lost_decode_workers_are_an_error():
     with pytest.raises(Lost):
         await run(cluster)
     assert not cluster.booked and not cluster.kv.is_open
+    assert cluster.counted[-2:] == ["decode_retried", "decode_lost"]
 
 
 @pytest.mark.parametrize("phase", [0, 1])

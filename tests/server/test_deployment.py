@@ -8,7 +8,13 @@ import pytest
 
 from trtserve.plugins.api import Role
 from trtserve.plugins.manager import PluginError, PluginManager
-from trtserve.server.deployment import WORKER_TOKEN_VARIABLE, WorkerCommands, describe_plan, make_plan
+from trtserve.server.deployment import (
+    WORKER_TOKEN_VARIABLE,
+    WorkerCommands,
+    describe_plan,
+    make_plan,
+    with_usable_transfer,
+)
 from trtserve.settings.load import SettingsError, load_settings
 from trtserve.settings.schema import Settings, WorkerSettings
 
@@ -130,3 +136,25 @@ def test_the_plan_tells_how_much_kv_can_be_on_its_way():
 def test_room_for_kv_is_at_least_a_block_and_bounded(tokens):
     with pytest.raises(SettingsError, match=r"kv.transfer.tokens"):
         load(f"--kv-transfer-tokens={tokens}")
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "is_there", "transfer"),
+    [
+        ("aarch64", [], False, "ucx"),
+        ("aarch64", [], True, "nixl"),
+        ("aarch64", ["--transfer=nixl"], False, "nixl"),
+        ("x86_64", [], False, "nixl"),
+    ],
+)
+def test_nixl_by_its_variable_is_given_up_on_arm_only_and_only_where_it_cannot_be_used(
+    monkeypatch, caplog, machine, flags, is_there, transfer
+):
+    """What is left at nixl without being there is an error, by `make_plan`."""
+    monkeypatch.setenv("TRTLLM_USE_NIXL_KVCACHE", "1")
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    manager = PluginManager()
+    monkeypatch.setattr(manager, "problem", lambda kind, name: None if is_there else "nixl is not there")
+    settings = with_usable_transfer(load(*flags), manager)
+    assert settings.transfer == transfer
+    assert ("on this arm64 machine nixl is not there; ucx is used instead" in caplog.text) is (transfer == "ucx")

@@ -97,7 +97,10 @@ class KVExchange:
             return None
         kv_engine = kv_engine_of(engine)
         if kv_engine is None:
-            logger.warning("this engine has no KV that other workers could read or write")
+            problem = "this engine has no KV that other workers could read or write"
+            if self._options.choice.is_required:
+                raise TransferError(f"{problem}, and --transfer asks for it by name; auto does without")
+            logger.warning("%s", problem)
             return None
         thread = TransportThread(self._options.clock)
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import threading
 from collections.abc import Iterator
@@ -38,6 +39,11 @@ def worker(server: ServerProcess, worker_id: str) -> dict:
 
 def refusal(response: httpx.Response) -> tuple[int, str]:
     return response.status_code, response.json()["error"]["code"]
+
+
+def pid_of(server: ServerProcess, worker_id: str) -> int:
+    (pid,) = (pid for pid in server.worker_pids() if worker_id.encode() in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return pid
 
 
 def answer(client: httpx.Client, prompt: list[int]) -> str:
@@ -115,8 +121,7 @@ def test_while_it_drains_it_takes_nothing_and_no_second_change(slow: ServerProce
         assert refusal(change(slow, "decode-0", "prefill", force=True)) == (409, "draining_already")
         refused = slow.client.post(PATH, json={"prompt": [5] * 50, "max_tokens": 3})
         assert refusal(refused) == (503, "no_worker"), "it was the last one, and that was forced"
-        (pid,) = (pid for pid in slow.worker_pids() if b"decode-0" in Path(f"/proc/{pid}/cmdline").read_bytes())
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid_of(slow, "decode-0"), signal.SIGKILL)
     finally:
         draining.join(20)
     assert refusal(results[0]) == (409, "worker_not_ready")
@@ -136,8 +141,7 @@ def test_a_worker_goes_over_with_its_cache_and_comes_back_in_its_new_role(slow: 
     assert slow.metric("trtserve_kv_fetches_total") > before
     index = slow.client.post("/v1/router/check").json()["workers"]
     assert not any(one["missing_blocks"] or one["extra_blocks"] for one in index), index
-    (pid,) = (pid for pid in slow.worker_pids() if b"prefill-1" in Path(f"/proc/{pid}/cmdline").read_bytes())
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid_of(slow, "prefill-1"), signal.SIGKILL)
     eventually(lambda: worker(slow, "prefill-1")["restarts"] == 1, "it is started again")
     eventually(lambda: worker(slow, "prefill-1")["state"] == "ready", "it is ready again")
     assert worker(slow, "prefill-1")["role"] == "decode"
@@ -189,6 +193,59 @@ async def test_roles_flip_under_load(serve: Serve):
         ),
         "no lease and no fetch is left",
     )
+
+
+async def test_changes_at_once_and_deaths_while_draining_end_cleanly(serve: Serve):
+    """Every change ends in one of few ways, every answer is right or a typed error, and a role never runs empty."""
+    server = disagg(serve, prefill=2, decode=2, options=("speedup=20",))
+    expected = [answer(server.client, prompt) for prompt in PROMPTS]
+    is_over = asyncio.Event()
+    rng = random.Random(7)
+    async with httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=40) as client:
+
+        async def wish(name: str, role: str) -> tuple[int, str]:
+            response = await client.post(f"/v1/workers/{name}/role", json={"role": role, "drain_timeout_s": 15})
+            return response.status_code, "" if response.status_code == 200 else response.json()["error"]["code"]
+
+        async def ask(start: int) -> None:
+            count = start
+            while not is_over.is_set():
+                number = count % len(PROMPTS)
+                body = {"prompt": PROMPTS[number], "max_tokens": 12, "temperature": 0}
+                response = await client.post(PATH, json=body)
+                if response.status_code == 200:
+                    assert response.json()["choices"][0]["text"] == expected[number]
+                else:
+                    assert refusal(response) in {(503, "worker_lost"), (503, "no_worker")}
+                count += 7
+
+        async def wishes() -> None:
+            names = [f"{role}-{number}" for role in ("prefill", "decode") for number in (0, 1)]
+            try:
+                both = await asyncio.gather(wish("prefill-0", "decode"), wish("prefill-1", "decode"))
+                assert sorted(both) == [(200, ""), (409, "last_of_its_role")]
+                for turn in range(6):
+                    wanted = [(rng.choice(names), rng.choice(["prefill", "decode"])) for _ in range(4)]
+                    jobs = [asyncio.ensure_future(wish(*one)) for one in wanted]
+                    if turn % 2:
+                        await asyncio.sleep(0.01)
+                        os.kill(pid_of(server, wanted[0][0]), signal.SIGKILL)
+                    for status, code in await asyncio.gather(*jobs):
+                        assert status == 200 or code in ("last_of_its_role", "draining_already", "worker_not_ready")
+                    kills = float((turn + 1) // 2)
+                    await asyncio.to_thread(server.until_metric, "trtserve_worker_restarts_total", kills.__eq__)
+                    await asyncio.to_thread(server.until_metric, "trtserve_worker_up", lambda value: value == 4)
+                    listed = (await client.get("/v1/workers")).json()["workers"]
+                    assert {one["role"] for one in listed} == {"prefill", "decode"}
+            finally:
+                is_over.set()
+
+        async with asyncio.TaskGroup() as group:
+            for start in range(6):
+                group.create_task(ask(start))
+            group.create_task(wishes())
+    server.until_idle(4 * NUM_BLOCKS)
+    assert [answer(server.client, prompt) for prompt in PROMPTS] == expected
 
 
 def test_the_server_ends_while_a_worker_drains(serve: Serve):

@@ -7,9 +7,11 @@ import sys
 import pytest
 
 from tests.models import make_tiny_model
-from tests.server.workers.conftest import HELLO
+from tests.server.workers.conftest import HELLO, INFO
 from trtserve.plugins.manager import PluginError, PluginManager
+from trtserve.plugins.transfer_api import TransferError
 from trtserve.server.workers import wire
+from trtserve.server.workers.kv_exchange import KVExchange
 from trtserve.server.workers.kv_setup import exchange_options, own_address, runtime_dir
 from trtserve.settings.schema import WorkerSettings
 
@@ -83,3 +85,13 @@ def test_a_worker_process_offers_its_rows(server, tmp_path):
     finally:
         process.kill()
         process.wait()
+
+
+def test_an_engine_without_kv_ends_a_worker_only_where_a_transfer_was_asked_for():
+    def start(**changes):
+        options = exchange_options(settings(role="decode", **changes), HELLO, PluginManager())
+        return KVExchange(options, lambda message: None).start(object(), INFO)
+
+    assert start() is None
+    with pytest.raises(TransferError, match="this engine has no KV"):
+        start(transfer="shm")

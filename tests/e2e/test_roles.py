@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from tests.e2e.process import Serve, ServerProcess, eventually
+from trtserve.plugins.manager import PluginManager
 
 PATH = "/v1/completions"
 NUM_BLOCKS = 512
@@ -148,8 +149,12 @@ def test_a_worker_goes_over_with_its_cache_and_comes_back_in_its_new_role(slow: 
     assert answer(slow.client, prompt) == expected
 
 
-async def test_roles_flip_under_load(serve: Serve):
-    server = disagg(serve, prefill=2, decode=2, options=("speedup=50",))
+@pytest.mark.parametrize("transfer", ["shm", "ucx", "nixl"])
+async def test_roles_flip_under_load(serve: Serve, transfer: str):
+    """Each time the worker's connections are made anew, with processes that stay the same."""
+    if PluginManager().problem("transfer", transfer) is not None:
+        pytest.skip(f"{transfer} is not installed")
+    server = disagg(serve, "--transfer", transfer, prefill=2, decode=2, options=("speedup=50",))
     expected = [answer(server.client, prompt) for prompt in PROMPTS]
     is_over = asyncio.Event()
     async with httpx.AsyncClient(base_url=server.url, trust_env=False, timeout=40) as client:

@@ -145,7 +145,10 @@ def test_good_keys(limited, key):
 @pytest.mark.parametrize("key", ["", "Bearer", "Bearer wrong", "Basic first-key", "Bearer # ours", "first-key"])
 @pytest.mark.parametrize(
     ("method", "path"),
-    [("GET", "/v1/models"), ("POST", COMPLETIONS), ("POST", "/tokenize"), ("DELETE", "/v1/requests/x")],
+    [
+        *[("GET", "/v1/models"), ("POST", COMPLETIONS), ("POST", "/tokenize"), ("DELETE", "/v1/requests/x")],
+        *[("GET", "/v1/workers"), ("POST", "/v1/workers/agg-0/role")],
+    ],
 )
 def test_bad_keys(limited, method, path, key):
     response = limited.client.request(method, path, headers={"authorization": key})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from math import gcd
@@ -13,6 +14,7 @@ from torch import Tensor
 from xxhash import xxh3_64_hexdigest
 
 _WORDS = (torch.int64, torch.int32, torch.int16)  # what bytes are copied as, whatever they mean
+_MADV_POPULATE_WRITE = 23  # of Linux; Python has no name for it
 _SERIAL_WORDS = 32_767  # torch copies as many with one thread and more with all of them (at::internal::GRAIN_SIZE)
 
 
@@ -35,7 +37,7 @@ class KVStore:
 
     `keys[layer]` is [kv_heads, num_blocks * block_size, key_dim], `values[layer]` likewise: head-major, so that the
     blocks that a batch gathers are already in the order of a batched matrix product. The tensors live as long as
-    the store; on the CPU a page of memory is taken when it is first written.
+    the store; on the CPU all their memory is taken at once.
 
     A block travels as a row of `row_width` numbers in the order [layer][keys, values][head][token][dim]. Heads of equal
     dim that follow one another in this order lie in one piece of memory, so that a row of nearly all models is a few
@@ -135,6 +137,16 @@ def _word(num_bytes: int) -> torch.dtype:
 def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    # torch.zeros would write every page now; anonymous memory is zero without being touched
     heads, slots, dim = shape
-    return torch.frombuffer(mmap.mmap(-1, heads * slots * dim * dtype.itemsize), dtype=dtype).view(shape)
+    memory = mmap.mmap(-1, heads * slots * dim * dtype.itemsize)
+    _take_now(memory)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def _take_now(memory: mmap.mmap) -> None:
+    """Have the kernel give all pages, in large ones where it can. A page that is first touched by a request costs it
+    some microseconds: KV that another worker has computed is then written at a tenth of memory's speed."""
+    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), _MADV_POPULATE_WRITE):
+        if advice is not None:
+            with suppress(OSError):  # a kernel without it, older than 5.14 say, gives pages as they are touched
+                memory.madvise(advice)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import assert_never
@@ -25,17 +26,17 @@ from trtserve.plugins.api import (
     StepOutputs,
     WorkerId,
 )
+from trtserve.plugins.blocks import block_hashes
+from trtserve.plugins.engines.sim.limits import SchedulerLimits
 from trtserve.server.metrics import Metrics
+from trtserve.server.replay.hand_over import Links, ReplayHandOver, TransferModel
 from trtserve.server.replay.measures import MeasuredRequest
 from trtserve.server.replay.virtual_time import ReportClock
 from trtserve.server.replay.worker import VirtualWorker
 from trtserve.server.router.core import RoutingCore
 from trtserve.server.router.feed import Change
 from trtserve.server.router.router import QueueLimits, Router, ServerBooking
-
-
-class NotReplayable(Exception):
-    """The mode asks for something that a replay has no model of; the text says what."""
+from trtserve.server.router.transfer_times import TransferTimes
 
 
 class SettlingRouter(Router):
@@ -57,9 +58,6 @@ class SettlingRouter(Router):
         super().plan(role)
 
 
-_NO_MOVES = "the mode moves KV between workers, and the simulated engines of a replay have no model of that"
-
-
 @dataclass(slots=True, eq=False)
 class _Run:
     worker: VirtualWorker
@@ -76,9 +74,11 @@ class ReplayCluster:
         clock: ReportClock,
         output_tokens: Mapping[RequestId, int],
         event_lag_s: float = 0.0,
+        limits: SchedulerLimits | None = None,
+        transfer: TransferModel | None = None,
     ) -> None:
         """`output_tokens`: what requests really generate, which the router must not know. `event_lag_s`: the router
-        hears of KV events so much later than of everything else."""
+        hears of KV events so much later than of everything else. limits: of every worker, for modes that move KV."""
         self._router = router
         self._clock = clock
         self._output_tokens = output_tokens
@@ -88,6 +88,12 @@ class ReplayCluster:
         self._runs: dict[RequestId, _Run] = {}
         self._measured: dict[RequestId, MeasuredRequest] = {}
         self._next_event: dict[WorkerId, int] = {}
+        self._limits = limits
+        self._hand_overs: dict[RequestId, ReplayHandOver] = {}
+        self.links = Links(transfer or TransferModel())
+        self._transfer_times = TransferTimes()
+        self._transfer_times.bytes_per_token = self.links.model.bytes_per_token
+        self.events: Counter[str] = Counter()
         router.settle_by(self._settle)
 
     def add(self, worker: VirtualWorker) -> None:
@@ -103,9 +109,7 @@ class ReplayCluster:
     # -------------------------------------------------------------- Cluster
 
     async def place(self, request: Request, role: Role, moves_kv: bool = False) -> ServerBooking:
-        if moves_kv:
-            raise NotReplayable(_NO_MOVES)
-        placement = await self._router.place(request, role)
+        placement = await self._router.place(request, role, moves_kv)
         measured = self._measured.pop(request.id, None)
         if measured is not None:
             measured.placed(self._numbers[placement.worker_id], placement.booking.held_s)
@@ -115,7 +119,11 @@ class ReplayCluster:
         self, placement: Placement, request: Request, sink: OutputSink, hand_over: HandOver | None = None
     ) -> Finish:
         worker = self._workers[placement.worker_id]
-        real = min(self._output_tokens[request.id], request.sampling.max_tokens)
+        if hand_over is not None:
+            assert isinstance(hand_over, ReplayHandOver)
+            hand_over.expect(worker)
+        left = self._output_tokens[request.id] - request.num_resumed
+        real = min(left, request.sampling.max_tokens)
         ended: asyncio.Future[Finish] = asyncio.get_running_loop().create_future()
         self._runs[request.id] = _Run(worker, sink, ended)
         try:
@@ -124,7 +132,9 @@ class ReplayCluster:
             except RequestRefused as refusal:
                 del self._runs[request.id]
                 return Finish(FinishReason.ERROR, error=str(refusal))
-            return await ended
+            finish = await ended
+            # What ends before anybody said so has met its end-of-sequence token.
+            return replace(finish, reason=FinishReason.STOP) if real == left else finish
         finally:
             if self._runs.pop(request.id, None) is not None:
                 worker.cancel(request.id)
@@ -136,17 +146,35 @@ class ReplayCluster:
             if not run.ended.done():
                 run.ended.set_result(Finish(FinishReason.STOP))
 
-    def hand_over(self, request: Request) -> HandOver:
-        raise NotReplayable(_NO_MOVES)
+    def hand_over(self, request: Request) -> ReplayHandOver:
+        assert self._limits is not None, "a replay of a mode that moves KV is told the workers' limits"
+        size = self._limits.block_size
+        hashes = request.block_hashes or block_hashes(request.prompt, size, request.cache_salt)
+        return ReplayHandOver(request, hashes, size, self._limits.max_num_tokens, self, self._clock)
 
     def predict(self, request: Request, role: Role) -> Prediction | None:
-        raise NotReplayable(_NO_MOVES)
+        self._settle(role)
+        return self._router.predict(request, role)
 
     def transfer_ms(self, num_tokens: int) -> float:
-        raise NotReplayable(_NO_MOVES)
+        return self._transfer_times.transfer_ms(num_tokens)
 
     def count(self, event: str) -> None:
-        """Nobody reads it."""
+        self.events[event] += 1
+
+    # -------------------------------------------------------------- ReplayedMoves
+
+    def worker(self, worker_id: WorkerId) -> VirtualWorker:
+        return self._workers[worker_id]
+
+    def entered(self, hand_over: ReplayHandOver) -> None:
+        self._hand_overs[hand_over.request.id] = hand_over
+
+    def left(self, hand_over: ReplayHandOver) -> None:
+        del self._hand_overs[hand_over.request.id]
+
+    def moved(self, num_tokens: int, duration_s: float) -> None:
+        self._transfer_times.observe(int(num_tokens * self.links.model.bytes_per_token), duration_s)
 
     # -------------------------------------------------------------- what workers report
 
@@ -161,8 +189,17 @@ class ReplayCluster:
                     run = self._runs.get(output.request_id)
                     if run is not None:
                         run.sink.cached(output.cached_tokens)
+            if self._hand_overs:
+                self._publish(worker_id, step)
             tokens, rows = self._push(step)
             self._router.pass_ended(worker_id, step.stats, step.load, tokens, rows)
+
+    def _publish(self, worker_id: WorkerId, step: StepOutputs) -> None:
+        """What the pass has computed of prompts whose KV moves on."""
+        answered = {output.request_id for output in step.outputs if output.token_ids}
+        for hand_over in list(self._hand_overs.values()):
+            if hand_over.source is not None and hand_over.source.worker_id == worker_id:
+                hand_over.pass_ended(hand_over.request.id in answered)
 
     def _push(self, step: StepOutputs) -> tuple[int, int]:
         """Tokens and ends to whom they belong; returns (tokens, requests that got some)."""

@@ -19,11 +19,12 @@ from trtserve.plugins.api import EngineConfig, ModeConfig
 from trtserve.plugins.manager import PluginError, PluginManager
 from trtserve.plugins.routing_api import PolicyConfig
 from trtserve.server.exit_codes import ExitCode
-from trtserve.server.replay.cluster import NotReplayable
 from trtserve.server.replay.decisions import Comparison, DecisionLogError, compare
 from trtserve.server.replay.engine import ReplayedEngine
+from trtserve.server.replay.hand_over import KV_BYTES_PER_TOKEN, TransferModel
 from trtserve.server.replay.measures import ReplayResult
 from trtserve.server.replay.run import ReplayOptions, replay
+from trtserve.server.replay.tables import sweep_table, table
 from trtserve.server.replay.trace import BLOCK_SIZE, TraceError, read_trace
 from trtserve.server.replay.virtual_time import Deadlock
 from trtserve.settings.load import SettingsError, normalise
@@ -47,17 +48,20 @@ def main(arguments: Sequence[str]) -> int:
             parser.error("give a TRACE or --decisions FILE")
         if flags.decisions is not None:
             return _compare(flags)
+        if flags.sweep:
+            print(_sweep(flags))
+            return ExitCode.OK
         with _opened(flags.assignments) as assignments:
             result = _replayed(flags)
             for worker, dispatch_ms in result.assignments if assignments is not None else ():
                 print(json.dumps([worker, dispatch_ms]), file=assignments)
-    except (DecisionLogError, TraceError, NotReplayable, PluginError, SettingsError, _BadFlag) as error:
+    except (DecisionLogError, TraceError, PluginError, SettingsError, _BadFlag) as error:
         print(f"trtserve replay: {error}", file=sys.stderr)
         return ExitCode.USAGE
     except Deadlock as error:
         print(f"trtserve replay: the mode or the routing policy forgot a request: {error}", file=sys.stderr)
         return ExitCode.DEFECT
-    print(json.dumps(result.summary()) if flags.json else _table(result))
+    print(json.dumps(result.summary()) if flags.json else table(result))
     return ExitCode.OK
 
 
@@ -89,6 +93,23 @@ def _replayed(flags: argparse.Namespace) -> ReplayResult:
         return replay(trace, options, bar.update)
 
 
+def _sweep(flags: argparse.Namespace) -> str:
+    """The same trace on every way to divide --workers into prefill and decode workers, and on aggregated ones."""
+    rows: dict[str, ReplayResult] = {}
+    for prefill in range(flags.workers):
+        decode = flags.workers - prefill
+        chosen = {"mode": "disagg" if prefill else "agg", "prefill_workers": prefill, "decode_workers": decode}
+        name = f"{prefill} prefill, {decode} decode" if prefill else f"{flags.workers} aggregated"
+        rows[name] = _replayed(argparse.Namespace(**vars(flags) | chosen))
+    if flags.json:
+        return json.dumps({name: result.summary() for name, result in rows.items()})
+    return sweep_table(rows)
+
+
+def _transfer(flags: argparse.Namespace) -> TransferModel:
+    return TransferModel(flags.transfer_gb_per_s * 1e9, flags.transfer_latency_ms / 1000, flags.kv_bytes_per_token)
+
+
 def _options(flags: argparse.Namespace) -> ReplayOptions:
     manager = PluginManager()
     router_options = manager.check_options("policy", flags.router, _named_values("router", flags.router_options))
@@ -109,13 +130,16 @@ def _options(flags: argparse.Namespace) -> ReplayOptions:
     except ValueError as error:
         raise _BadFlag(str(error)) from error
     return ReplayOptions(
-        mode=manager.make_mode(flags.mode, ModeConfig(flags.workers, prefill_workers=1, decode_workers=1)),
+        mode=manager.make_mode(
+            flags.mode, ModeConfig(flags.workers, flags.prefill_workers, flags.decode_workers, flags.disagg_policy)
+        ),
         policy=manager.make_policy(flags.router, PolicyConfig(flags.seed, router_options)),
         engine=engine,
         trace_block_size=flags.trace_block_size,
         speedup=flags.speedup,
         event_lag_s=flags.event_lag_ms / 1000,
         pinned=_pinned(flags.pinned_estimates),
+        transfer=_transfer(flags),
         max_tokens=flags.max_tokens,
     )
 
@@ -159,7 +183,20 @@ def _parser() -> argparse.ArgumentParser:
     add("--requests", type=whole, metavar="N", help="replay only so many, the first (all)")
     add("--speedup", type=positive, default=1.0, metavar="X", help="of arrivals (1)")
     add("--mode", default="agg", help="serving mode (agg)")
-    add("--workers", type=whole, default=1, metavar="N", help="aggregated workers (1)")
+    add("--workers", type=whole, default=1, metavar="N", help="aggregated workers, or all of a --sweep (1)")
+    add("--prefill-workers", type=whole, default=1, metavar="N", help="of mode disagg (1)")
+    add("--decode-workers", type=whole, default=1, metavar="N", help="of mode disagg (1)")
+    add("--disagg-policy", choices=("auto", "always", "never"), default="auto", help="as the server's (auto)")
+    add("--transfer-gb-per-s", type=positive, default=25.0, metavar="X", help="KV from worker to worker, GB/s (25)")
+    add("--transfer-latency-ms", type=_number(float, 0), default=2.0, metavar="MS", help="of each move of KV (2)")
+    add(
+        "--kv-bytes-per-token",
+        type=positive,
+        default=KV_BYTES_PER_TOKEN,
+        metavar="N",
+        help=f"({KV_BYTES_PER_TOKEN}, Llama 3.1 8B in 16 bits)",
+    )
+    add("--sweep", action="store_true", help="every way to divide --workers into prefill and decode workers")
     add("--router", default="kv", metavar="POLICY", help="routing policy (kv)")
     add("--router-options", help="the policy's own options", **values)
     add("--pinned-estimates", help="what the router is told instead of learning it, as in the settings", **values)
@@ -195,25 +232,6 @@ def _number(kind: Callable[[str], float], least: float, exclusive: bool = False)
     return parse
 
 
-def _table(result: ReplayResult) -> str:
-    ttft, e2e = result.ttft, result.e2e
-    rows = [
-        ("", "mean", "p50", "p90", "p99", "max"),
-        ("TTFT, ms", *(f"{value:.1f}" for value in (ttft.mean, ttft.p50, ttft.p90, ttft.p99, ttft.max))),
-        ("ITL, ms", _or_dash(result.itl_mean_ms), "", "", _or_dash(result.itl_p99_ms), ""),
-        ("end to end, ms", *(f"{value:.1f}" for value in (e2e.mean, e2e.p50, e2e.p90, e2e.p99, e2e.max))),
-    ]
-    lines = [f"{name:16}" + "".join(f"{cell:>10}" for cell in cells) for name, *cells in rows]
-    return "\n".join(
-        [
-            f"{result.requests} requests, {result.hit_rate:.1%} of prompt tokens from prefix caches",
-            *(line.rstrip() for line in lines),
-            f"held: {result.held_share:.1%} of requests, {result.hold_ms_mean:.1f} ms in the mean over all",
-            f"decision: {result.decision_us_mean:.0f} µs of real time in the mean",
-        ]
-    )
-
-
 def _comparison_table(found: Comparison, policy: str) -> str:
     both = found.requests - found.held
     lines = [
@@ -231,7 +249,3 @@ def _comparison_table(found: Comparison, policy: str) -> str:
     if len(found.changes) > _MOST_CHANGES:
         lines.append(f"  and {len(found.changes) - _MOST_CHANGES} more")
     return "\n".join(lines)
-
-
-def _or_dash(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"

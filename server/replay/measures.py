@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from trtserve.plugins.api import TokenLogprob
 
@@ -116,6 +116,14 @@ class Times:
 
 
 @dataclass(frozen=True, slots=True)
+class Moves:
+    """Of a mode with prefill and decode workers."""
+
+    local_share: float  # of prompts: computed on the decode worker
+    moved_gb: float  # KV that went from worker to worker, 1e9 bytes
+
+
+@dataclass(frozen=True, slots=True)
 class ReplayResult:
     """The figures of one replay."""
 
@@ -129,6 +137,7 @@ class ReplayResult:
     hold_ms_mean: float  # over all requests
     decision_us_mean: float  # the only figure that is measured in real time
     assignments: Sequence[tuple[int, float]]  # per request of the trace: worker's number, ms from start to placement
+    moves: Moves | None = None
 
     def summary(self) -> dict[str, object]:
         """The JSON object of `--json`."""
@@ -142,10 +151,13 @@ class ReplayResult:
             "held_share": round(self.held_share, 6),
             "hold_ms_mean": round(self.hold_ms_mean, 4),
             "decision_us_mean": round(self.decision_us_mean, 2),
+            **({} if self.moves is None else {"moves": _rounded(**asdict(self.moves))}),
         }
 
 
-def summed_up(requests: Sequence[MeasuredRequest], gaps: Gaps, decision_us_mean: float) -> ReplayResult:
+def summed_up(
+    requests: Sequence[MeasuredRequest], gaps: Gaps, decision_us_mean: float, moves: Moves | None = None
+) -> ReplayResult:
     """`requests`: in the order of the trace, all ended."""
     count = len(requests)
     holds_s = [request.dispatch_s - request.arrival_s for request in requests]
@@ -160,6 +172,7 @@ def summed_up(requests: Sequence[MeasuredRequest], gaps: Gaps, decision_us_mean:
         hold_ms_mean=sum(holds_s) / count * 1000,
         decision_us_mean=decision_us_mean,
         assignments=[(request.worker or 0, round(request.dispatch_s * 1000, 6)) for request in requests],
+        moves=moves,
     )
 
 

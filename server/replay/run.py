@@ -12,7 +12,8 @@ from trtserve.plugins.routing_api import RoutingPolicy
 from trtserve.server.metrics import Metrics
 from trtserve.server.replay.cluster import ReplayCluster, SettlingRouter
 from trtserve.server.replay.engine import ReplayedEngine
-from trtserve.server.replay.measures import Gaps, MeasuredRequest, ReplayResult, summed_up
+from trtserve.server.replay.hand_over import TransferModel
+from trtserve.server.replay.measures import Gaps, MeasuredRequest, Moves, ReplayResult, summed_up
 from trtserve.server.replay.trace import BLOCK_SIZE, TraceError, TraceRequest
 from trtserve.server.replay.virtual_time import LONGEST_S, ReportClock, VirtualTimeLoop
 from trtserve.server.replay.worker import VirtualWorker
@@ -34,6 +35,7 @@ class ReplayOptions:
     speedup: float = 1.0  # of arrivals
     event_lag_s: float = 0.0
     pinned: PinnedEstimates = field(default_factory=PinnedEstimates)  # what the router is told instead of learning it
+    transfer: TransferModel = field(default_factory=TransferModel)
     max_tokens: int = 8192  # what every request asks for, and all that the router is told of its length
 
 
@@ -42,8 +44,7 @@ def replay(
 ) -> ReplayResult:
     """Deterministic but for `decision_us_mean`. `progress` is called with 1 as each request ends.
 
-    Raises TraceError where a request cannot be served, NotReplayable where the mode does what no replay can, Deadlock
-    where a mode or policy forgets a request.
+    Raises TraceError where a request cannot be served, Deadlock where a mode or policy forgets a request.
     """
     _check(trace, options)
     try:
@@ -97,7 +98,17 @@ class _Replay:
                 await self._until(arrival_s)
                 measured[entry.number] = sink = MeasuredRequest(entry.input_tokens, arrival_s, self._clock, self._gaps)
                 group.create_task(self._serve(entry, sink))
-        return summed_up([measured[entry.number] for entry in self._trace], self._gaps, self._decision_us_mean())
+        requests = [measured[entry.number] for entry in self._trace]
+        return summed_up(requests, self._gaps, self._decision_us_mean(), self._moves())
+
+    def _moves(self) -> Moves | None:
+        """None of a mode that decides nothing about them."""
+        events, links = self._cluster.events, self._cluster.links
+        prompts = events["local_prefill"] + events["remote_prefill"]
+        if not prompts:
+            return None
+        moved_bytes = links.moved_tokens * links.model.bytes_per_token
+        return Moves(events["local_prefill"] / prompts, moved_bytes / 1e9)
 
     async def _until(self, time_s: float) -> None:
         if time_s > self._loop.time():
@@ -133,7 +144,7 @@ class _Replay:
         )
         router = SettlingRouter(core, limits, self._metrics, "", self._clock)
         lengths = {RequestId(entry.number): entry.output_tokens for entry in self._trace}
-        cluster = ReplayCluster(router, self._clock, lengths, options.event_lag_s)
+        cluster = ReplayCluster(router, self._clock, lengths, options.event_lag_s, engine.limits, options.transfer)
         for role, count in options.mode.roles.items():
             for number in range(count):
                 worker_id = WorkerId(f"{role}-{number}")

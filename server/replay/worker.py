@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import asyncio
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import TypeAlias
 
-from trtserve.plugins.api import Request, RequestId, Role, StepOutputs, WorkerId
+from trtserve.plugins.api import BlockHash, Request, RequestId, Role, StepOutputs, TokenIds, WorkerId
 from trtserve.plugins.engines.sim.scheduler import Scheduler
 
 _IDLE_S = 1e-6
@@ -57,6 +57,17 @@ class VirtualWorker:
         """End a request; the next pass reports it. Unknown ids are ignored."""
         self._cut_plan()
         self._scheduler.abort(request_id)
+        if self._scheduler.has_work():
+            self._wake()
+
+    def stored_blocks(self, hashes: Sequence[BlockHash]) -> int:
+        """How many leading blocks are in the prefix cache."""
+        return len(self._scheduler.pool.match(hashes, len(hashes)))
+
+    def store(self, hashes: Sequence[BlockHash], tokens: TokenIds) -> None:
+        """Blocks of a prompt's beginning that another worker computed become reusable, as far as there is room."""
+        self._cut_plan()
+        self._scheduler.pool.take_in(hashes, tokens)
         if self._scheduler.has_work():
             self._wake()
 

@@ -116,6 +116,22 @@ class BlockPool:
             fresh.append(StoredBlock(block_hash, token_ids[start : start + self.block_size]))
         self._publish(parent, fresh)
 
+    def take_in(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> int:
+        """Store the blocks of a prompt's beginning that another worker computed, as many as there is room for; held by
+        nobody. hashes: from the first block on. token_ids: int32[at least len(hashes) * block_size].
+
+        Returns how many of `hashes` are stored now.
+        """
+        here = self.match(hashes, len(hashes))
+        self.hold(here)  # so that making room for the rest evicts none of them
+        stop = len(here) + min(len(hashes) - len(here), self.num_free)
+        blocks = self.allocate(stop - len(here))
+        parent = hashes[len(here) - 1] if here else None
+        block_tokens = token_ids[len(here) * self.block_size : stop * self.block_size]
+        self.store(blocks, hashes[len(here) : stop], parent, block_tokens)
+        self.release([*here, *blocks])
+        return stop
+
     def release(self, blocks: Sequence[Block]) -> None:
         """Give back one reference to each block of a sequence, the last block first: suffixes are evicted first."""
         for block in reversed(blocks):

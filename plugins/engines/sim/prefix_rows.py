@@ -102,7 +102,7 @@ class PrefixRows:
         here = self._pool.match(hashes, len(hashes))
         if not self._enabled or len(here) < first_block:
             return 0
-        return len(here) + self._store(hashes, len(here), tokens) - first_block
+        return self._pool.take_in(hashes, tokens) - first_block
 
     def _check(self, hashes: Sequence[BlockHash], first_block: int, rows: Sequence[int]) -> None:
         for number, row in enumerate(rows, first_block):
@@ -111,20 +111,6 @@ class PrefixRows:
                     f"Row {row} does not hold block {number} of its prompt, hash {hashes[number]:016x}: something wrote"
                     " other bytes there, and no block of this prompt was stored."
                 )
-
-    def _store(self, hashes: Sequence[BlockHash], num_here: int, tokens: TokenIds) -> int:
-        """Store the blocks after the first `num_here`, as many as there is room for; returns how many."""
-        pool = self._pool
-        here = pool.match(hashes, num_here)
-        pool.hold(here)  # so that making room for the rest evicts none of them
-        count = min(len(hashes) - num_here, pool.num_free)
-        blocks = pool.allocate(count)
-        stop = num_here + count
-        parent = hashes[num_here - 1] if num_here else None
-        block_tokens = tokens[num_here * pool.block_size : stop * pool.block_size]
-        pool.store(blocks, hashes[num_here:stop], parent, block_tokens)
-        pool.release([*here, *blocks])
-        return count
 
     def _place(self, row: int) -> slice:
         if self._rows is None or not 0 <= row < self._rows.num_rows:

@@ -121,3 +121,22 @@ def test_bad_flags(replayed, capsys, flags, problem):
     with pytest.raises(SystemExit, match="2"):
         replayed(*flags)
     assert problem in capsys.readouterr().err
+
+
+def test_disaggregated_workers(replayed):
+    flags = ("--mode", "disagg", "--prefill-workers", "2", "--disagg-policy", "always", "--kv-bytes-per-token", "1000")
+    code, out, _ = replayed(*flags, "--json")
+    moves = json.loads(out)["moves"]
+    assert code == 0 and moves["local_share"] == 0 and moves["moved_gb"] > 0
+    assert f"{moves['moved_gb']:.1f} GB of KV moved" in replayed(*flags)[1]
+
+
+def test_a_sweep_over_all_divisions(replayed):
+    code, out, _ = replayed("--sweep", "--workers", "3")
+    lines = out.splitlines()
+    assert code == 0 and [line[:22].strip() for line in lines[1:-1]] == [
+        *("3 aggregated", "1 prefill, 2 decode", "2 prefill, 1 decode"),
+    ]
+    figures = json.loads(replayed("--sweep", "--workers", "3", "--json")[1])
+    assert list(figures) == [line[:22].strip() for line in lines[1:-1]]
+    assert lines[1].split()[2] == f"{figures['3 aggregated']['ttft_ms']['mean']:.0f}"

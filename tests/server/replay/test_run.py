@@ -9,7 +9,6 @@ import pytest
 from tests.server.replay.traces import BLOCK, conversations, engine, entry, options
 from trtserve.plugins.api import Finish, FinishReason, Request, RequestId, Role, SamplingParams
 from trtserve.plugins.routing_api import Assignment, Plan
-from trtserve.server.replay.cluster import NotReplayable
 from trtserve.server.replay.run import replay
 from trtserve.server.replay.trace import TraceError
 from trtserve.server.replay.virtual_time import Deadlock
@@ -199,9 +198,6 @@ class OddMode:
     async def run(self, request, sink, cluster):
         if self.what == "error":
             return Finish(FinishReason.ERROR, error="no luck")
-        if self.what == "hand over":
-            cluster.count("moves")
-            cluster.hand_over(request)
         with await cluster.place(request, Role.AGG) as placement:
             run = asyncio.ensure_future(cluster.run(placement, request, sink))
             await asyncio.sleep(0.1)
@@ -218,11 +214,6 @@ class OddMode:
 def test_a_request_that_fails_is_an_error():
     with pytest.raises(TraceError, match="line 1 of the trace failed: no luck"):
         replay([entry(0, 0.0, [1])], options(mode=OddMode("error")))
-
-
-def test_a_mode_that_moves_kv():
-    with pytest.raises(NotReplayable, match="moves KV between workers"):
-        replay([entry(0, 0.0, [1])], options(mode=OddMode("hand over")))
 
 
 @pytest.mark.parametrize(("what", "end"), [("stop", FinishReason.STOP), ("cancel", True)])

@@ -33,7 +33,7 @@ START_S = 180.0
 @contextmanager
 def server(model: str, flags: list[str]) -> Iterator[httpx.Client]:
     """A server that is ready; ended with the block."""
-    command = [str(TRTSERVE), "serve", model, "--port", "0", "--disagg-policy", "always", *flags]
+    command = [str(TRTSERVE), "serve", model, "--port", "0", *flags]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         assert process.stdout is not None
@@ -104,7 +104,7 @@ def main() -> None:
     parser.add_argument("--random", default="")
     arguments, flags = parser.parse_known_args()
     model = random_model(arguments.random) if arguments.random else arguments.model
-    disagg = ["--mode", "disagg", "--transfer", arguments.transfer, *flags]
+    disagg = ["--mode", "disagg", "--disagg-policy", "always", "--transfer", arguments.transfer, *flags]
     print("| prompt | first token, agg | disagg | second, agg | disagg | added | reads | MB | share of TTFT |")
     print("|---|---|---|---|---|---|---|---|---|")
     with server(model, flags) as one, server(model, disagg) as two:

@@ -30,7 +30,7 @@ class Fetch:
     """
 
     request_id: RequestId
-    prompt: TokenIds
+    prompt: TokenIds = field(repr=False)
     cache_salt: str
     clock: Callable[[], float] = time.monotonic
     orders: list[KVFetch] = field(default_factory=list)  # not begun yet

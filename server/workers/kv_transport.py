@@ -146,9 +146,10 @@ class TransportThread:
 
     def drop_peer(self, transfer: KVTransfer, peer: Peer) -> None:
         """Forget a peer; all its reads end."""
-        for read in [read for read in self._waiting if read.peer is peer]:
+        # The end of one read may cancel others that wait here, and begin none: this peer is not found any more.
+        while (read := next((read for read in self._waiting if read.peer is peer), None)) is not None:
             self._waiting.remove(read)
-            read.ended(_never_begun(TransferOutcome.PEER_LOST, "the peer is gone"))
+            self._guarded(partial(read.ended, _never_begun(TransferOutcome.PEER_LOST, "the peer is gone")))
         transfer.drop_peer(peer)
 
     def _run(self) -> None:
@@ -170,7 +171,8 @@ class TransportThread:
         try:
             function()
         except Exception:
-            logger.exception("the KV transport failed at %s", function)
+            # Not the function itself: what is bound to it has prompts.
+            logger.exception("the KV transport failed at %s", getattr(function, "func", function).__qualname__)
 
     def _timeout_s(self) -> float:
         ticks = (transfer.tick_s() for transfer in self._transfers)

@@ -85,8 +85,8 @@ class Settings(BaseSettings):
     transfer: Name = Field("auto", description="how KV moves between workers: auto, shm, ucx, nixl or cupy_ipc")
     launcher: Name = Field("local", description="what starts worker processes")
     workers: int = Field(1, ge=0, le=1024, description="aggregated workers; 0: they are started by hand")
-    prefill_workers: int = Field(1, ge=1, le=1024, description="prefill workers (mode disagg)")
-    decode_workers: int = Field(1, ge=1, le=1024, description="decode workers (mode disagg)")
+    prefill_workers: int = Field(1, ge=0, le=1024, description="prefill workers (mode disagg); 0: started by hand")
+    decode_workers: int = Field(1, ge=0, le=1024, description="decode workers (mode disagg); 0: started by hand")
     disagg_policy: Literal["auto", "always", "never"] = Field(
         "auto", description="whether prompts are computed on prefill workers: always, never, or where it is cheaper"
     )

@@ -40,7 +40,7 @@ class TrtserveProcess:
         self._mark = uuid.uuid4().hex
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("TRTSERVE_")}
         self._process = subprocess.Popen(
-            [TRTSERVE, *arguments],
+            self.command(arguments),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -51,6 +51,9 @@ class TrtserveProcess:
         self._lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def command(self, arguments: tuple[str, ...]) -> list[str]:
+        return [str(TRTSERVE), *arguments]
 
     def _read(self) -> None:
         assert self._process.stdout is not None

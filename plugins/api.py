@@ -447,6 +447,9 @@ class Cluster(Protocol):
     def count(self, event: str) -> None:
         """Count a decision or a fall-back of the mode, by a name of few different ones, for the metrics."""
 
+    def note(self, request_id: RequestId, **why: str | float) -> None:
+        """Say why the mode decided something about a request, for whoever asked to have it explained."""
+
     def stop(self, request_id: RequestId) -> None:
         """The text of a running request has met a stop string: its `run` returns now, with FinishReason.STOP, and the
         worker is told to cancel it. Nothing happens if it does not run any more."""

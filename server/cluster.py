@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from trtserve.plugins.api import (
@@ -49,6 +50,7 @@ class ServerCluster:
         self._max_seq_len: int | None = None
         self._block_size: int | None = None
         self._explained: dict[RequestId, list[Booking]] = {}
+        self._notes: dict[RequestId, dict[str, str | float]] = {}
         self._hand_overs: set[ServerHandOver] = set()
         self._transfer_times = TransferTimes()
         self._departures = Departures(metrics.cancel_to_free)
@@ -207,6 +209,15 @@ class ServerCluster:
     def explained(self, request_id: RequestId) -> None:
         """The end of `explain`; nothing happens where it was not asked for."""
         self._explained.pop(request_id, None)
+        self._notes.pop(request_id, None)
+
+    def note(self, request_id: RequestId, **why: str | float) -> None:
+        if request_id in self._explained:
+            self._notes.setdefault(request_id, {}).update(why)
+
+    def notes(self, request_id: RequestId) -> Mapping[str, str | float]:
+        """What the mode had to say about a request that is explained."""
+        return self._notes.get(request_id, {})
 
     # -------------------------------------------------------------- questions
 

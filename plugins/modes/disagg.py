@@ -73,7 +73,9 @@ class DisaggregatedMode:
 
     async def run(self, request: Request, sink: OutputSink, cluster: Cluster) -> Finish:
         kept = Kept(sink)
-        if self._is_local(request, cluster):
+        is_local = self._is_local(request, cluster)
+        cluster.note(request.id, prefill="local" if is_local else "remote")
+        if is_local:
             cluster.count("local_prefill")
             return await self._decode(request, kept, cluster)
         cluster.count("remote_prefill")
@@ -99,6 +101,7 @@ class DisaggregatedMode:
             return there is None  # without a decode worker, too, the error is `place`'s to raise
         local_ms = here.wait_ms + here.compute_ms * (1 + INTERFERENCE * (here.decoding + 1))
         remote_ms = there.wait_ms + there.compute_ms + cluster.transfer_ms(here.new_tokens)
+        cluster.note(request.id, local_ms=local_ms, remote_ms=remote_ms)
         return local_ms <= remote_ms
 
     # -------------------------------------------------------------- the phases

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from trtserve.plugins.api import RequestId
 from trtserve.server.api.stream import Headers, Scope
@@ -31,7 +31,8 @@ class Explanation:
 
     def headers(self) -> Headers:
         """One value for each sequence, in order; cached_tokens is missing while the worker has not told."""
-        values = [_value(bookings) for bookings in list(self._watched.values())[:_MOST_SEQUENCES]]
+        watched = list(self._watched.items())[:_MOST_SEQUENCES]
+        values = [_value(self._cluster.notes(request_id), bookings) for request_id, bookings in watched]
         return [(b"x-trtserve-explain", ", ".join(values).encode())] if values else []
 
     def close(self) -> None:
@@ -39,8 +40,9 @@ class Explanation:
             self._cluster.explained(request_id)
 
 
-def _value(bookings: Sequence[Booking]) -> str:
-    return " / ".join(map(_phase, bookings)) or "not placed"
+def _value(notes: Mapping[str, str | float], bookings: Sequence[Booking]) -> str:
+    said = "; ".join(f"{name}={value if isinstance(value, str) else round(value, 3)}" for name, value in notes.items())
+    return " / ".join([*([said] if said else []), *map(_phase, bookings)]) or "not placed"
 
 
 def _phase(booking: Booking) -> str:

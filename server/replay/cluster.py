@@ -162,6 +162,9 @@ class ReplayCluster:
     def count(self, event: str) -> None:
         self.events[event] += 1
 
+    def note(self, request_id: RequestId, **why: str | float) -> None:
+        """Nobody asks."""
+
     # -------------------------------------------------------------- ReplayedMoves
 
     def worker(self, worker_id: WorkerId) -> VirtualWorker:

@@ -120,7 +120,11 @@ def test_seeds_penalties_and_logprobs_go_on_where_they_were(serve: Serve):
 
 def test_auto_computes_short_prompts_where_they_are_decoded(serve: Serve):
     server = disagg(serve)
-    answer(server.client, [9] * 3)
+    body = {"prompt": [9] * 3, "max_tokens": 2}
+    response = server.client.post(PATH, json=body, headers={"X-Trtserve-Explain": "1"}).raise_for_status()
+    explained = response.headers["x-trtserve-explain"]
+    local_ms, remote_ms = (float(value) for value in re.findall(r"(?:local|remote)_ms=([\d.]+)", explained))
+    assert local_ms <= remote_ms and "prefill=local / worker=decode-0" in explained
     assert server.metric("trtserve_kv_fetches_total") == 0
     assert server.metrics()['trtserve_mode_events_total{event="local_prefill"}'] == 1
 

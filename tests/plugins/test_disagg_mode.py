@@ -74,6 +74,7 @@ class PlayedCluster:
         self.runs, self.transfers = list(runs), list(transfers)
         self.predictions = ANY_WORKER if predictions is None else predictions
         self.booked, self.placed, self.submitted, self.counted = [], [], [], []
+        self.notes = {}
         self.kv = PlayedHandOver(self)
 
     async def place(self, request, role, moves_kv=False):
@@ -106,6 +107,9 @@ class PlayedCluster:
 
     def count(self, event):
         self.counted.append(event)
+
+    def note(self, request_id, **why):
+        self.notes.update(why)
 
     def stop(self, request_id): ...
 

@@ -3,9 +3,11 @@ aggregated one, the same prompts in turn.
 
     python bench/hand_over.py [--prompt-tokens 300,2000] [--transfer shm] [--requests 15] [--random 16x2048] [FLAG ...]
 
-One request at a time. What is added is what the first and the second token come later than from one aggregated worker:
-publishing the prompt's KV before the first, reading it and writing it into the decode worker's cache before the second.
-FLAGs are trtserve's (`--dtype float32`, `--device cuda`). `--random`: a Llama of random weights, layers x width.
+One request at a time. "waits": from the end of the prompt until the decode worker has its KV. "copies": of both engines'
+threads between cache and rows; of prompts of several passes most happen, like most reads, before the first token. The
+share is waits and copies over the time to the first token. "second token" has more in it: the decode worker computes
+what is left of the prompt's last block, with cold caches. FLAGs are trtserve's (`--dtype float32`, `--device cuda`).
+`--random`: a Llama of random weights, layers x width.
 """
 
 from __future__ import annotations
@@ -66,12 +68,21 @@ def token_times(client: httpx.Client, prompt: list[int]) -> tuple[float, float]:
     return times[0], times[1]
 
 
-def fetched(client: httpx.Client) -> tuple[float, float]:
-    """Seconds that reads took, and bytes, so far."""
+def totals(client: httpx.Client) -> dict[str, float]:
+    """Seconds and bytes of all hand-overs so far; workers tell of their copies once a second."""
+    time.sleep(1.2)
     text = client.get("/metrics").text
-    seconds = re.findall(r"^trtserve_kv_fetch_duration_seconds_sum ([\d.e+-]+)$", text, re.MULTILINE)
-    num_bytes = re.findall(r"^trtserve_kv_fetched_bytes_total\{.*\} ([\d.e+-]+)$", text, re.MULTILINE)
-    return sum(map(float, seconds)), sum(map(float, num_bytes))
+    workers = client.get("/v1/workers").json()["workers"]
+    return {
+        "waits": _total(text, "trtserve_kv_hand_over_duration_seconds_sum"),
+        "reads": _total(text, "trtserve_kv_fetch_duration_seconds_sum"),
+        "copies": sum(worker["kv"]["usage"]["copying_us_total"] for worker in workers) / 1e6,
+        "bytes": _total(text, "trtserve_kv_fetched_bytes_total"),
+    }
+
+
+def _total(text: str, name: str) -> float:
+    return sum(map(float, re.findall(rf"^{name}(?:\{{.*\}})? ([\d.e+-]+)$", text, re.MULTILINE)))
 
 
 def random_model(shape: str) -> str:
@@ -105,23 +116,24 @@ def main() -> None:
     arguments, flags = parser.parse_known_args()
     model = random_model(arguments.random) if arguments.random else arguments.model
     disagg = ["--mode", "disagg", "--disagg-policy", "always", "--transfer", arguments.transfer, *flags]
-    print("| prompt | first token, agg | disagg | second, agg | disagg | added | reads | MB | share of TTFT |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| prompt | first token, agg | disagg | second, agg | disagg | reads | waits | copies | MB | share of TTFT |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     with server(model, flags) as one, server(model, disagg) as two:
         for num_tokens in map(int, arguments.prompt_tokens.split(",")):
             chance = random.Random(num_tokens)
             times: dict[str, list[tuple[float, float]]] = {"agg": [], "disagg": []}
-            before = fetched(two)
+            before = totals(two)
             for _ in range(arguments.requests + 1):
                 prompt = [chance.randrange(300, 900) for _ in range(num_tokens)]
                 times["agg"].append(token_times(one, prompt))
                 times["disagg"].append(token_times(two, prompt))
-            after = fetched(two)
+            after = totals(two)
             (a1, a2), (d1, d2) = ([median(column) for column in zip(*rows[1:], strict=True)] for rows in times.values())
-            count = arguments.requests + 1
-            read_ms, megabytes = (after[0] - before[0]) / count * 1e3, (after[1] - before[1]) / count / 1e6
-            cells = [f"{value * 1e3:.2f} ms" for value in (a1, d1, a2, d2, d2 - a2)]
-            print(f"| {num_tokens} | {' | '.join(cells)} | {read_ms:.2f} ms | {megabytes:.1f} | {(d2 - a2) / d1:.1%} |")
+            each = {name: (after[name] - before[name]) / (arguments.requests + 1) for name in after}
+            share = (each["waits"] + each["copies"]) / d1
+            shown = (a1, d1, a2, d2, each["reads"], each["waits"], each["copies"])
+            cells = [f"{value * 1e3:.2f} ms" for value in shown]
+            print(f"| {num_tokens} | {' | '.join(cells)} | {each['bytes'] / 1e6:.1f} | {share:.1%} |", flush=True)
 
 
 if __name__ == "__main__":

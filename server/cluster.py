@@ -115,12 +115,13 @@ class ServerCluster:
     def hand_over_ended(self, hand_over: ServerHandOver) -> None:
         self._hand_overs.discard(hand_over)
 
-    def fetched(self, fetch: KVFetched, is_valid: bool) -> None:
-        """A decode worker has read what it could."""
+    def fetched(self, fetch: KVFetched, is_valid: bool, waited_s: float) -> None:
+        """A decode worker has read what it could, and the request waited for it."""
         outcome = "valid" if is_valid else "lease_expired" if fetch.ok else "failed"
         self._metrics.kv_fetches.labels(outcome, fetch.lane).inc()
         self._metrics.kv_fetched_bytes.labels(fetch.lane).inc(fetch.num_bytes)
         self._metrics.kv_fetch_seconds.observe(fetch.duration_s)
+        self._metrics.kv_hand_over_seconds.observe(waited_s)
         if is_valid:
             self._transfer_times.observe(fetch.num_bytes, fetch.duration_s)
 

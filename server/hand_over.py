@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -32,7 +33,7 @@ class HandOverListener(Protocol):
 
     def hand_over_ended(self, hand_over: ServerHandOver) -> None: ...
 
-    def fetched(self, fetch: KVFetched, is_valid: bool) -> None: ...
+    def fetched(self, fetch: KVFetched, is_valid: bool, waited_s: float) -> None: ...
 
     def client(self, worker_id: WorkerId) -> WorkerClient: ...
 
@@ -110,6 +111,7 @@ class ServerHandOver:
         if target is None or source is None or not self._is_fetching or not lease_id or not is_whole:
             self._abort()
             return False
+        begun_s = time.monotonic()
         try:
             fetch = await target.kv.fetched(self._request.id, _FETCH_DEADLINE_S)
         except TimeoutError:
@@ -121,7 +123,7 @@ class ServerHandOver:
         is_valid = await self._release(source, lease_id) and fetch.ok
         self._is_fetching = False
         target.kv.commit(self._request.id, is_valid)
-        self._listener.fetched(fetch, is_valid)
+        self._listener.fetched(fetch, is_valid, time.monotonic() - begun_s)
         return is_valid
 
     def _fetch(self, handle: KVHandle) -> None:

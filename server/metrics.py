@@ -137,6 +137,11 @@ class Metrics:
             "lane",
         )
         self.kv_fetched_bytes = self._counters("trtserve_kv_fetched_bytes", "KV bytes that decode workers read", "lane")
+        self.kv_hand_over_seconds = self._histogram(
+            "trtserve_kv_hand_over_duration_seconds",
+            "What a request waits for its KV once its prompt is computed and a decode worker is chosen",
+            _STAGE_BUCKETS,
+        )
         self.kv_fetch_seconds = self._histogram(
             "trtserve_kv_fetch_duration_seconds", "From the first read of a prompt's KV to the last", _STAGE_BUCKETS
         )

@@ -162,6 +162,7 @@ class KVExchange:
             bytes_read_total=parts.fetcher.num_bytes,
             reads_failed_total=parts.fetcher.num_failed,
             writes_failed_total=parts.fetcher.num_write_failures,
+            copying_us_total=round((parts.publisher.copying_s + parts.fetcher.copying_s) * 1e6),
         )
 
     def close(self) -> None:

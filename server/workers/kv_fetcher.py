@@ -59,6 +59,7 @@ class Fetcher:
         self._fetches: dict[RequestId, Fetch] = {}
         self._reported: dict[RequestId, Fetch] = {}  # taken out by either thread, in one step
         self.num_bytes = self.num_failed = self.num_written = self.num_write_failures = 0
+        self.copying_s = 0.0
 
     @property
     def num_open(self) -> int:
@@ -243,6 +244,13 @@ class Fetcher:
 
     def _write(self, fetch: Fetch) -> int:
         """On the engine's thread: put the blocks into its prefix cache; how many of them are new there."""
+        begun_s = time.perf_counter()
+        try:
+            return self._stored(fetch)
+        finally:
+            self.copying_s += time.perf_counter() - begun_s
+
+    def _stored(self, fetch: Fetch) -> int:
         rows = [row for part in fetch.usable() for row in part.rows]
         first_block = fetch.parts[0].first_block
         # What had been there at the beginning may have been evicted, and other requests may have stored more.

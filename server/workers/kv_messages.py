@@ -63,6 +63,7 @@ class KVUsage(msgspec.Struct, frozen=True, array_like=True):
     bytes_read_total: Bytes = 0
     reads_failed_total: Bytes = 0
     writes_failed_total: Bytes = 0  # the engine took what was fetched for wrong, or broke
+    copying_us_total: Bytes = 0  # of the engine's thread, between its cache and rows
 
 
 # ------------------------------------------------------------------ worker -> server

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -45,6 +46,7 @@ class Publisher:
         self._growing: dict[RequestId, _Kept] = {}  # those of `_kept` that take several passes
         self._lock = threading.Lock()  # over both
         self.num_published = self.num_unpublished = 0  # blocks
+        self.copying_s = 0.0
 
     def expect(self, request: Request) -> None:
         """Call before the request is submitted."""
@@ -97,6 +99,7 @@ class Publisher:
         request = kept.request
         rows: list[int] = []
         num_new = num_read = 0
+        begun_s = time.perf_counter()
         try:
             num_new = max(self._engine.stored_blocks(request.prompt, request.cache_salt) - kept.next_block, 0)
             if num_new:
@@ -105,5 +108,6 @@ class Publisher:
         except Exception:
             # An edge of the program: the engine is a plugin's code. Without the hand-over it can still serve.
             logger.exception("the engine did not give the KV of request %d", request.id)
+        self.copying_s += time.perf_counter() - begun_s
         self._staging.give_back(rows[num_read:])
         return rows[:num_read], num_new - num_read

@@ -56,7 +56,7 @@ class Listener:
     def hand_over_ended(self, hand_over):
         self.live.remove(hand_over)
 
-    def fetched(self, fetch, is_valid):
+    def fetched(self, fetch, is_valid, waited_s):
         self.outcomes.append(is_valid)
 
     def client(self, worker_id):

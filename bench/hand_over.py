@@ -3,7 +3,7 @@ aggregated one, the same prompts in turn.
 
     python bench/hand_over.py [--prompt-tokens 300,2000] [--transfer shm] [--requests 15] [--random 16x2048] [FLAG ...]
 
-One request at a time. "waits": from the end of the prompt until the decode worker has its KV. "copies": of both engines'
+One request at a time. "waits": from the end of the prompt until the decode worker has its KV. "copies": of the engines'
 threads between cache and rows; of prompts of several passes most happen, like most reads, before the first token. The
 share is waits and copies over the time to the first token. "second token" has more in it: the decode worker computes
 what is left of the prompt's last block, with cold caches. FLAGs are trtserve's (`--dtype float32`, `--device cuda`).

@@ -52,6 +52,10 @@ class SettlingRouter(Router):
         """Call this before a decision about workers of that role."""
         self._settle = settle
 
+    def plan_soon(self, role: Role) -> None:
+        """An instant of virtual time is one turn, and what happens in it happens in order."""
+        self.plan(role)
+
     def plan(self, role: Role) -> None:
         if self.num_held:
             self._settle(role)

@@ -306,7 +306,7 @@ class RoutingCore:
         worker = self.workers.get(worker_id)
         if worker is None:
             return
-        if stats is not None:
+        if stats is not None and worker.tracked.pass_times.wants(stats, now_s):
             worker.tracked.pass_times.observe(stats, worker.view.kv_tokens)
         worker.tracked.pass_ended(stats, load, tokens, rows, now_s)
         view = worker.view

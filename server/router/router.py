@@ -76,6 +76,7 @@ class Router:
         self._waiting: dict[tuple[Role, RequestId], asyncio.Future[ServerBooking]] = {}
         self._checks: dict[WorkerId, list[asyncio.Future[IndexCheck | None]]] = {}
         self._timers: dict[Role, asyncio.TimerHandle] = {}
+        self._planned: set[Role] = set()  # at the end of this turn of the loop
 
     # -------------------------------------------------------------- workers come and go
 
@@ -159,7 +160,7 @@ class Router:
         """A booking is over: its place is free for whoever waits."""
         role = booking.worker.view.role
         self.core.ended(booking, self._clock())
-        self.plan(role)
+        self.plan_soon(role)
 
     def _check_room(self, request: Request) -> None:
         """The queue includes `request`; if that is one too many, it goes."""
@@ -214,9 +215,20 @@ class Router:
         """The rest of a step: `rows` sequences got `tokens` tokens."""
         self.core.pass_ended(worker_id, stats, load, tokens, rows, self._clock())
         if self._waiting and (rows if stats is None else stats.prefill_tokens):
-            self.plan(self.core.workers[worker_id].view.role)
+            self.plan_soon(self.core.workers[worker_id].view.role)
 
     # -------------------------------------------------------------- the decision
+
+    def plan_soon(self, role: Role) -> None:
+        """`plan` once this turn of the loop is over: what else it brings, dozens of passes of a busy worker say, costs
+        no plan of its own and is known by then."""
+        if self._waiting and role not in self._planned:
+            self._planned.add(role)
+            asyncio.get_running_loop().call_soon(self._plan_now, role)
+
+    def _plan_now(self, role: Role) -> None:
+        self._planned.discard(role)
+        self.plan(role)
 
     def plan(self, role: Role) -> None:
         """Ask the policy who goes where now, book it, and wake those who waited for it."""

@@ -23,6 +23,7 @@ START = PassTimes(
 """Before any pass, to the order of magnitude: a model of ten billion parameters on one GPU of the data-centre kind. The
 first pass of a kind scales its curve to itself; the range stays until there were three."""
 
+_DECODES_EVERY_S = 0.0005
 _ERROR_HALF_LIFE = 50.0
 _MIN_PASS_MS, _MAX_PASS_MS = 1e-6, 1e9  # beyond, a clock is wrong
 
@@ -58,6 +59,7 @@ class PassTimeModel:
         self._prefill_error = DecayedMean(0.0, _ERROR_HALF_LIFE, 0.0)
         self._decode_error = DecayedMean(0.0, _ERROR_HALF_LIFE, 0.0)
         self._learnt = START
+        self._next_decode_s = 0.0
 
     @property
     def times(self) -> PassTimes:
@@ -72,6 +74,15 @@ class PassTimeModel:
             CurveReport(decode, self._decode.num_passes, _mean_or_none(self._decode_error)),
             self.pinned,
         )
+
+    def wants(self, stats: PassStats, now_s: float) -> bool:
+        """Whether to `observe` a pass that ended now. Passes that only decode are many and alike, from hundreds of
+        workers thousands a second, and learning from one takes longer than anything else that is done about it."""
+        if not stats.prefill_tokens:
+            if now_s < self._next_decode_s:
+                return False
+            self._next_decode_s = now_s + _DECODES_EVERY_S
+        return True
 
     def observe(self, stats: PassStats, kv_tokens: int) -> None:
         """Learn from a pass of a worker whose KV cache holds `kv_tokens`. One that tells nothing is ignored."""

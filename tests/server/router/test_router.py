@@ -116,7 +116,8 @@ async def test_one_who_leaves_in_the_moment_of_being_placed_leaves_nothing():
     blocker = await router.place(a_request(1), Role.AGG)
     task = asyncio.create_task(router.place(a_request(2), Role.AGG))
     await turn()
-    blocker.close()  # books for the second one, whose task has not run yet
+    blocker.close()
+    router.plan(Role.AGG)  # books for the second one, whose task has not run yet
     assert router.booked(WorkerId("a")) == (1, 15)
     task.cancel()
     await turn()

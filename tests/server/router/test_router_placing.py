@@ -60,16 +60,21 @@ class Placing(RuleBasedStateMachine):
     @rule(data=st.data())
     def leave_together(self, data):
         """The end of one books for the first that waits, whose task has not heard of it when it is cancelled."""
-        self.end(data.draw(st.sampled_from(sorted(self.bookings))), min(self.tasks))
+        self.end(data.draw(st.sampled_from(sorted(self.bookings))), min(self.tasks), plans_at_once=True)
 
-    def end(self, *numbers):
-        for number in numbers:
-            if number in self.tasks:
-                self.tasks[number].cancel()
-            elif number in self.bookings:
-                booking = self.bookings.pop(number)[0]
-                booking.close()
-                booking.close()  # as a `with` block may, after someone closed it inside
+    def end(self, *numbers, plans_at_once=False):
+        async def run():
+            for number in numbers:
+                if number in self.tasks:
+                    self.tasks[number].cancel()
+                elif number in self.bookings:
+                    booking = self.bookings.pop(number)[0]
+                    booking.close()
+                    booking.close()  # as a `with` block may, after someone closed it inside
+                    if plans_at_once:  # as where something else of this turn asks for a plan
+                        self.router.plan(Role.AGG)
+
+        self.loop.run_until_complete(run())
 
     @rule(name=st.sampled_from("abc"), slots=st.integers(1, 3))
     def worker_comes(self, name, slots):

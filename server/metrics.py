@@ -127,6 +127,14 @@ class Metrics:
             "Cached prompt tokens that were predicted, minus those that were found",
             _PREFIX_ERROR_BUCKETS,
         )
+        self._declare_hand_overs()
+        self.loop_delay = self._gauges(
+            "trtserve_event_loop_delay_seconds", "How late the last timer of the event loop was"
+        ).labels()
+        self.build = self._gauges("trtserve_build_info", "Always 1", "version", "engine", "model")
+
+    def _declare_hand_overs(self) -> None:
+        """What modes decide, KV on its way between workers, and what becomes of sequences that are given up."""
         self.mode_events = self._counters(
             "trtserve_mode_events", "What the serving mode decided, or fell back to, for a sequence", "event"
         )
@@ -153,10 +161,6 @@ class Metrics:
             "phase",
         )
         self.cancel_to_free = {phase: cancel_to_free.labels(phase) for phase in PHASES}
-        self.loop_delay = self._gauges(
-            "trtserve_event_loop_delay_seconds", "How late the last timer of the event loop was"
-        ).labels()
-        self.build = self._gauges("trtserve_build_info", "Always 1", "version", "engine", "model")
 
     def _counters(self, name: str, meaning: str, *labels: str) -> Family[Counter]:
         return Family(self.registry, CounterMetricFamily, name, meaning, Counter, labels)

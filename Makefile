@@ -13,11 +13,12 @@ serve: $(STAMP)  ## a real answer from a real model on http://127.0.0.1:8000
 test: $(STAMP) check  ## the whole suite
 	$(BIN)/python -m pytest $(ARGS)
 
-check: $(STAMP)  ## format, lint, types, import rules
+check: $(STAMP)  ## format, lint, types, import rules, the Dockerfile
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/hadolint Dockerfile
 
 bench: $(STAMP)  ## the figures of the README that need no other program
 	$(BIN)/python bench/server.py

@@ -123,7 +123,9 @@ class Server:
             shutil.rmtree(runtime_dir, ignore_errors=True)
 
     async def _serve(self, endpoint: str, runtime_dir: Path) -> ExitCode:
-        commands = WorkerCommands(self._settings, self._folder.path, runtime_dir, endpoint, self._token)
+        commands = WorkerCommands(
+            self._settings, self._folder.path, runtime_dir, endpoint, self._token, self._plan.workers
+        )
         supervisor = Supervisor(
             self._launcher,
             self._pool,

@@ -7,7 +7,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 _NOT_FOR_WORKERS = {
     *("api_key", "api_key_file", "worker_token", "worker_token_file"),
-    *("dry_run", "log_dir", "served_model_name"),
+    *("dry_run", "gpus", "log_dir", "served_model_name"),
 }
 WORKER_TOKEN_VARIABLE = "TRTSERVE_WORKER_TOKEN"
 
@@ -34,6 +34,7 @@ class WorkerPlan:
 
     worker_id: WorkerId
     role: Role
+    device: str | None = None  # None: as the settings say
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +60,7 @@ def make_plan(settings: Settings, manager: PluginManager) -> Plan:
         ModeConfig(settings.workers, settings.prefill_workers, settings.decode_workers, settings.disagg_policy),
     )
     policy = manager.make_policy(settings.router, PolicyConfig(settings.seed, router_options))
-    workers = tuple(
-        WorkerPlan(WorkerId(f"{role}-{number}"), role) for role, count in mode.roles.items() for number in range(count)
-    )
+    workers = _workers(settings, mode)
     if not workers and given_token(settings) is None:
         raise SettingsError(
             "--workers 0: workers that are started by hand show a token; give --worker-token-file or "
@@ -81,6 +80,20 @@ def with_usable_transfer(settings: Settings, manager: PluginManager) -> Settings
         return settings
     logger.warning("TRTLLM_USE_NIXL_KVCACHE is 1, but on this arm64 machine %s; ucx is used instead", problem)
     return settings.model_copy(update={"transfer": "ucx"})
+
+
+def _workers(settings: Settings, mode: Mode) -> tuple[WorkerPlan, ...]:
+    """Every process sees all GPUs, so that workers on two of them can read each other's memory."""
+    places = [(role, number) for role, count in mode.roles.items() for number in range(count)]
+    gpus = [f"cuda:{int(gpu)}" for gpu in (settings.gpus or "").split(",") if gpu]
+    if gpus and (len(gpus) < len(places) or len(set(gpus)) < len(gpus)):
+        raise SettingsError(
+            f"--gpus {settings.gpus}: each of the {len(places)} workers needs a GPU of its own; name as many, each once"
+        )
+    return tuple(
+        WorkerPlan(WorkerId(f"{role}-{number}"), role, gpus[place] if gpus else None)
+        for place, (role, number) in enumerate(places)
+    )
 
 
 def _plugins_of(settings: Settings) -> list[tuple[str, str]]:
@@ -106,9 +119,14 @@ def describe_plan(settings: Settings, plan: Plan) -> str:
         "# processes",
         f"#   server   http://{settings.host}:{settings.port}   workers connect to {endpoint}",
         *_transfer_lines(settings, plan),
-        *(f"#   {worker.worker_id}   role {worker.role}, engine {settings.engine}" for worker in plan.workers),
+        *(_worker_line(settings, worker) for worker in plan.workers),
     ]
     return "\n".join(lines)
+
+
+def _worker_line(settings: Settings, worker: WorkerPlan) -> str:
+    place = "" if worker.device is None else f", on {worker.device}"
+    return f"#   {worker.worker_id}   role {worker.role}, engine {settings.engine}{place}"
 
 
 def _transfer_lines(settings: Settings, plan: Plan) -> list[str]:
@@ -123,7 +141,17 @@ def _transfer_lines(settings: Settings, plan: Plan) -> list[str]:
 class WorkerCommands:
     """Builds the command of each worker; owns the file with the settings that workers read."""
 
-    def __init__(self, settings: Settings, model_path: Path, runtime_dir: Path, endpoint: str, token: str) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        model_path: Path,
+        runtime_dir: Path,
+        endpoint: str,
+        token: str,
+        workers: Iterable[WorkerPlan] = (),
+    ) -> None:
+        """workers: those of the plan that have a device of their own."""
+        self._devices = {worker.worker_id: worker.device for worker in workers if worker.device is not None}
         self._endpoint = endpoint
         self._token = token
         self._log_dir = settings.log_dir or runtime_dir
@@ -140,6 +168,7 @@ class WorkerCommands:
             *("--worker-id", worker_id),
             *("--role", role),
             *("--parent-pid", str(os.getpid())),
+            *(("--device", self._devices[worker_id]) if worker_id in self._devices else ()),
         )
         # The file has the settings as resolved; the server's own variables would override it.
         inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith("TRTSERVE_")}

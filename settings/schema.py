@@ -102,6 +102,11 @@ class Settings(BaseSettings):
     # Engines
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="weights and KV cache")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
+    gpus: str | None = Field(
+        None,
+        pattern=r"^\d{1,4}(,\d{1,4})*$",
+        description="one GPU for each worker, in the order in which --dry-run lists them, such as 0,1,2",
+    )
     block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
     num_blocks: int | None = Field(None, ge=1, le=2**31 - 1, description="KV blocks of a worker")
     kv_cache_gib: float | None = Field(None, gt=0, le=4096, description="KV memory of a worker, GiB")
@@ -163,6 +168,12 @@ class Settings(BaseSettings):
     def _one_block_source(self) -> Settings:
         if self.num_blocks is not None and self.kv_cache_gib is not None:
             raise ValueError("num_blocks and kv_cache_gib both say how large the KV cache is; give one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _one_device_source(self) -> Settings:
+        if self.gpus is not None and self.device not in ("auto", "cuda"):
+            raise ValueError(f"gpus and device {self.device} both say where workers run; give one of them")
         return self
 
     @model_validator(mode="after")

@@ -1,6 +1,7 @@
 """What is packaged is what is there, and the server process stays light."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -85,3 +86,14 @@ def test_no_folder_is_called_what_tells_nothing():
     for folder in FOLDERS:
         names = {path.stem for path in (ROOT / folder).rglob("*.py")}
         assert not names & {"utils", "util", "helpers", "helper", "common", "misc"}
+
+
+def test_the_images_have_what_they_copy_and_run_without_rights():
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert set(FOLDERS) < set(copied) and all((ROOT / name).exists() for name in copied)
+    stages = "\n".join(lines).split("\nFROM ")[1:]
+    users = [re.findall(r"^USER (\d+)$", stage, re.MULTILINE) for stage in stages]
+    assert [len(found) for found in users] == [1, 1] and all(int(found[0]) > 0 for found in users)
+    (pinned,) = re.findall(r"torch==([\d.]+)\+cpu", "\n".join(lines))
+    assert f"torch=={pinned}" in PROJECT["project"]["optional-dependencies"]["embedded"]

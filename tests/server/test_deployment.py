@@ -37,6 +37,29 @@ def test_workers_are_named_by_role_and_number():
     ]  # fmt: skip
 
 
+def test_each_worker_has_a_gpu_of_its_own(tmp_path):
+    settings = load("--mode=disagg", "--decode-workers=2", "--gpus=3,0,1,7")
+    plan = make_plan(settings, PluginManager())
+    assert [worker.device for worker in plan.workers] == ["cuda:3", "cuda:0", "cuda:1"]
+    assert "#   decode-1   role decode, engine sim, on cuda:1" in describe_plan(settings, plan)
+    commands = WorkerCommands(settings, Path("/m"), tmp_path, "ipc:///x", "t", plan.workers)
+    argv = commands.spec(plan.workers[1].worker_id, Role.DECODE).argv
+    assert load_settings(WorkerSettings, [*argv[4:]]).device == "cuda:0"
+    assert "--device" not in commands.spec("by-hand", Role.DECODE).argv
+
+
+@pytest.mark.parametrize("gpus", ["0", "0,0"])
+def test_too_few_gpus_are_an_error(gpus):
+    with pytest.raises(SettingsError, match="each of the 2 workers needs a GPU of its own"):
+        make_plan(load("--workers=2", f"--gpus={gpus}"), PluginManager())
+
+
+@pytest.mark.parametrize("flags", [("--gpus=0", "--device=cpu"), ("--gpus=0", "--device=cuda:1"), ("--gpus=a",)])
+def test_gpus_that_contradict_or_make_no_sense(flags):
+    with pytest.raises(SettingsError, match="gpus"):
+        load(*flags)
+
+
 def test_a_server_without_workers_of_its_own_needs_a_token_for_others(tmp_path):
     with pytest.raises(SettingsError, match=r"--workers 0: .* give --worker-token-file"):
         make_plan(load("--workers=0"), PluginManager())

@@ -27,7 +27,6 @@ KINDS = ("mode", "engine", "policy", "transfer", "launcher")
 
 PLANNED = {
     "engine.tensorrt_llm": "the TensorRT-LLM engine",
-    "transfer.cupy_ipc": "KV transfer between the GPUs of a node",
 }
 """Names that the documentation promises and this version does not have yet."""
 

@@ -7,6 +7,7 @@ import socket
 import pytest
 
 from tests.e2e.process import ServerProcess, TrtserveProcess, eventually, sim_arguments
+from trtserve.plugins.manager import PluginManager
 
 
 def run_to_its_end(*arguments: str) -> tuple[int, str]:
@@ -61,11 +62,17 @@ def test_all_bad_settings_at_once(sim_model):
     assert "70000" in output
 
 
-@pytest.mark.parametrize(("flag", "name"), [("--engine", "tensorrt_llm"), ("--transfer", "cupy_ipc")])
-def test_what_this_version_does_not_have(sim_model, flag, name):
-    code, output = run_to_its_end(*sim_arguments(sim_model, flag, name))
+def test_what_this_version_does_not_have(sim_model):
+    code, output = run_to_its_end(*sim_arguments(sim_model, "--engine", "tensorrt_llm"))
     assert code == 2
-    assert f"{name} is not available" in output
+    assert "tensorrt_llm is not available" in output
+
+
+@pytest.mark.skipif(PluginManager().problem("transfer", "cupy_ipc") is None, reason="CuPy and a GPU are there")
+def test_what_this_machine_cannot_do(sim_model):
+    code, output = run_to_its_end(*sim_arguments(sim_model, "--mode", "disagg", "--transfer", "cupy_ipc"))
+    assert code == 2
+    assert "transfer cupy_ipc needs" in output
 
 
 def test_what_nobody_has(sim_model):

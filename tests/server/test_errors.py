@@ -20,6 +20,7 @@ TABLE = [
     (errors.NotFound("m"), 404, "not_found_error", "not_found"),
     (errors.ModelNotFound("m"), 404, "not_found_error", "model_not_found"),
     (errors.MethodNotAllowed("PUT", ("GET",)), 405, "invalid_request_error", "method_not_allowed"),
+    (errors.Conflict("m"), 409, "conflict_error", "conflict"),
     (errors.BodyTooLarge("m"), 413, "invalid_request_error", "body_too_large"),
     (errors.RequestCancelled("m"), 499, "invalid_request_error", "request_cancelled"),
     (errors.Overloaded("m"), 503, "overloaded_error", "queue_full"),

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from trtserve.plugins.api import EngineInfo, Request, RequestId, Role, SamplingParams, WorkerId
 from trtserve.plugins.policies.kv import KVOptions, KVPolicy, make_policy
+from trtserve.plugins.policies.kv.cost import PassCosts
 from trtserve.plugins.routing_api import (
     Curve,
     Estimates,
@@ -73,6 +74,14 @@ def test_a_long_queue_outweighs_a_prefix(policy):
 def test_without_prefixes_the_emptier_worker_wins(policy):
     workers = [worker(0, decoding=20, booked_requests=20, context_tokens=16_000, pass_ends_s=10.005), worker(1)]
     assert placed(assign(policy, [held(1, 200)], workers)) == {1: "w1"}
+
+
+def test_kv_from_another_worker_takes_room_and_no_computing():
+    costs = PassCosts(worker(0), block_weight=0.5)
+    computed, moved = (costs.prompt(1000, 10, 100.0, moves_kv) for moves_kv in (False, True))
+    assert (computed.new, moved.new) == (1000 - 160, 1000 - 62 * BLOCK)
+    assert computed.needed_blocks == moved.needed_blocks == 53
+    assert moved.prefill_ms == TIMES.prefill_ms(8) < computed.prefill_ms
 
 
 def test_evicting_what_would_be_used_again_is_avoided(policy):

@@ -93,10 +93,14 @@ class PassCosts:
         prefill_ms, count = self.of(tokens)
         return prefill_ms + count * decode_ms
 
-    def prompt(self, length: int, overlap_blocks: int, output_tokens: float) -> PlannedPrompt:
-        """A prompt of so many tokens, of which so many leading blocks are there; at least one token is computed."""
-        reused = min(overlap_blocks, (length - 1) // self.block_size)
-        new = length - reused * self.block_size
+    def prompt(self, length: int, overlap_blocks: int, output_tokens: float, moves_kv: bool = False) -> PlannedPrompt:
+        """A prompt of so many tokens, of which so many leading blocks are there; at least one token is computed.
+
+        moves_kv: of one whose KV comes from another worker only what is left of its last block is computed.
+        """
+        computable = (length - 1) // self.block_size
+        reused = min(overlap_blocks, computable)
+        new = length - (computable if moves_kv else reused) * self.block_size
         prefill_ms, count = self.of(new)
         needed = -(-length // self.block_size) - reused
         return PlannedPrompt(length, new, prefill_ms, count, reused, needed, length + output_tokens / 2)

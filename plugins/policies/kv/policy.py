@@ -138,7 +138,8 @@ class KVPolicy:
 
     def _candidate(self, waiting: HeldRequest, passes: PassCosts, state: RoutingState) -> _Candidate:
         overlaps, length, options = waiting.overlaps(), len(waiting.request.prompt), self._options
-        least = passes.prompt(length, max(overlaps.values(), default=0), state.estimates.output_tokens)
+        most = max(overlaps.values(), default=0)
+        least = passes.prompt(length, most, state.estimates.output_tokens, waiting.moves_kv)
         patience_ms = min(options.gather_ms, options.gather_share * least.prefill_ms)
         due_s = waiting.held_since_s + (patience_ms / 1000 if patience_ms >= _LEAST_PATIENCE_MS else 0.0)
         return _Candidate(waiting, overlaps, least, due_s, self._rank_ms(waiting, least.prefill_ms, state.now_s), least)
@@ -166,17 +167,17 @@ class KVPolicy:
     def _cheapest(self, candidate: _Candidate, workers: Sequence[PlannedWorker], output_tokens: float) -> int:
         """The place of its worker; notes what it is and costs there."""
         overlaps, others = candidate.overlaps, self._options.others_weight
-        length = candidate.least.length
+        length, moves_kv = candidate.least.length, candidate.waiting.moves_kv
         nowhere: PlannedPrompt | None = None  # as it is where nothing of it is cached, on workers like the last one
         known: PassCosts | None = None
         best, best_ms = 0, float("inf")
         for place, worker in enumerate(workers):
             passes = worker.passes
             if passes is not known:
-                known, nowhere = passes, passes.prompt(length, 0, output_tokens)
+                known, nowhere = passes, passes.prompt(length, 0, output_tokens, moves_kv)
             assert nowhere is not None
             overlap = overlaps.get(worker.view.slot) if overlaps else None
-            prompt = passes.prompt(length, overlap, output_tokens) if overlap else nowhere
+            prompt = passes.prompt(length, overlap, output_tokens, moves_kv) if overlap else nowhere
             total_ms = worker.cost_ms(prompt, others)
             if total_ms < best_ms:
                 best, best_ms, candidate.prompt = place, total_ms, prompt

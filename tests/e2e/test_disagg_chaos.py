@@ -172,13 +172,15 @@ def ip(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def places() -> Iterator[dict[str, str]]:
     """Role → network namespace. Each has a link `ctl` to this one, and both have a link `kv` to each other."""
-    names = {role: f"trt-{role[0]}-{os.getpid()}" for role in ("prefill", "decode")}
+    own = f"{os.getpid()}-{next(_numbers)}"
+    names = {role: f"trt-{role[0]}-{own}" for role in ("prefill", "decode")}
     if shutil.which("ip") is None or os.geteuid() != 0 or ip("netns", "add", names["prefill"]).returncode:
         pytest.skip("network namespaces cannot be made here")
     try:
         commands = [("netns", "add", names["decode"])]
         for place, name in enumerate(names.values(), 1):
-            here = f"trtc{place}-{os.getpid() % 10_000}"
+            # The kernel takes its time to forget the links of a namespace that is gone: no name twice.
+            here = f"trtc{next(_numbers)}-{os.getpid() % 10_000}"
             commands += [
                 ("link", "add", here, "type", "veth", "peer", "name", "ctl", "netns", name),
                 ("addr", "add", f"10.123.{50 + place}.1/24", "dev", here),

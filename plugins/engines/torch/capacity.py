@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trtserve.plugins.api import EngineConfig
+from trtserve.plugins.api import EngineConfig, Role
 from trtserve.plugins.engines.torch.kv_store import KVStore
 from trtserve.plugins.engines.torch.model import Model
 
@@ -41,12 +41,24 @@ def plan_capacity(config: EngineConfig, model: Model) -> Capacity:
     return Capacity(num_blocks, config.max_seq_len or longest, min(config.max_num_seqs, config.max_num_tokens))
 
 
+def blocks_beside_rows(room: int, longest: int) -> int:
+    """Blocks for the cache of a worker that moves KV, where `room` holds as many blocks and rows together.
+
+    longest: blocks of the longest sequence. A worker takes rows for a quarter of the blocks, and for one longest
+    sequence that fits the cache at least.
+    """
+    return max(min(room * 4 // 5, room - longest), (room - 1) // 2)
+
+
 def _blocks_for_memory(config: EngineConfig, model: Model) -> int:
     block_bytes = KVStore.block_bytes(model.layers, config.block_size, model.dtype)
     if config.kv_cache_gib is not None:
         memory = int(config.kv_cache_gib * _GIB)
     elif model.device.type == "cuda":
         memory = int(torch.cuda.mem_get_info(model.device)[0] * _CUDA_FREE_SHARE)
+        if config.role is not Role.AGG:
+            longest = min(config.max_seq_len or model.max_position_embeddings, model.max_position_embeddings)
+            memory = block_bytes * blocks_beside_rows(memory // block_bytes, longest // config.block_size + 1)
     else:
         memory = int(_CPU_KV_CACHE_GIB * _GIB)
     if memory < block_bytes:

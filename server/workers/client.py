@@ -91,6 +91,8 @@ class WorkerClient:
         self._pushes: dict[int, Callable[[Sequence[int], None], None]] = {}  # the sinks' methods, for the hot path
         # Not wanted any more, and the worker has not said yet that it holds nothing of them.
         self._cancelled: dict[int, Callable[[], None] | None] = {}
+        self.on_unreachable: Callable[[], None] = _nothing
+        """Called when a request cannot be sent though it is ready; the pool gives it up then."""
         self._send: Callable[[wire.ToWorker], bool] | None = None
         self.kv = KVClient(worker_id, self.send)
 
@@ -168,7 +170,12 @@ class WorkerClient:
         ended: asyncio.Future[Finish] = asyncio.get_running_loop().create_future()
         if not self.num_running:
             self.last_step_s = time.monotonic()
-        if self.state is not WorkerState.READY or not self.send(wire.submit_of(request, keep_kv=is_kept)):
+        is_ready = self.state is WorkerState.READY
+        if is_ready and not self.send(wire.submit_of(request, keep_kv=is_kept)):
+            # Its process has ended and nobody has seen it yet: who tries again must not be sent here again.
+            self.on_unreachable()
+            is_ready = False
+        if not is_ready:
             raise WorkerLost(f"worker {self.worker_id} is not reachable: {self.phase}")
         self._runs[request.id] = _Run(sink, ended)
         self._pushes[request.id] = sink.push
@@ -292,3 +299,7 @@ class WorkerClient:
         if self.num_running and now_s - self.last_step_s > stall_limit_s:
             return f"alive, but its engine made no step for {now_s - self.last_step_s:.0f} s with work pending"
         return None
+
+
+def _nothing() -> None:
+    pass

@@ -62,6 +62,7 @@ class WorkerPool:
     def add(self, worker_id: WorkerId, role: Role) -> WorkerClient:
         """Expect a worker of that id."""
         client = WorkerClient(worker_id, role, self._listener)
+        client.on_unreachable = partial(self.gone, client, "its connection is closed")
         self._clients[worker_id] = client
         return client
 

@@ -156,6 +156,8 @@ async def test_a_worker_whose_connection_broke_is_lost(house):
     async with asyncio.timeout(5):
         while not await is_unreachable():
             pass
+    assert client.state == "gone", "the next request goes elsewhere, though nobody has missed the process yet"
+    assert house.listener.heard[-1] == ("gone", "agg-0")
 
 
 async def test_trouble_is_silence_or_standing_still_with_work(house, running):

@@ -59,7 +59,7 @@ def expected(serve_module: Serve) -> Callable[[list[int]], str]:
 def server(serve_module: Serve) -> ServerProcess:
     flags = ("--mode", "disagg", "--prefill-workers", "2", "--decode-workers", "2", "--disagg-policy", "always")
     limits = ("--max-num-tokens", "256", "--worker-silence-timeout", str(SILENCE_S), "--request-timeout", "40")
-    started = serve_module(*flags, *limits, num_blocks=NUM_BLOCKS, options=("speedup=1",)).until_ready()
+    started = serve_module(*flags, *limits, num_blocks=NUM_BLOCKS, options=("speedup=0.4",)).until_ready()
     all_up(started)
     return started
 

@@ -3,10 +3,13 @@
 from functools import partial
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.server.replay.traces import BLOCK, conversations, engine, entry, options
-from trtserve.plugins.api import ModeConfig, WorkerId
+from trtserve.plugins.api import ModeConfig, Role, WorkerId
 from trtserve.plugins.manager import PluginManager
+from trtserve.plugins.routing_api import PolicyConfig
 from trtserve.server.replay.hand_over import Links, TransferModel
 from trtserve.server.replay.run import replay
 
@@ -39,6 +42,45 @@ def test_one_prompt_moves_its_full_blocks_and_its_second_token_waits_for_them():
 def test_the_decode_worker_reads_only_what_it_lacks():
     trace = [entry(0, 0.0, [1, 2, 3]), entry(1, 60_000.0, [1, 2, 3, 4])]
     assert replay(trace, disagg()).moves.moved_gb == pytest.approx(4 * BLOCK * 131_072 / 1e9)
+
+
+PROMPTS = st.lists(st.tuples(st.lists(st.integers(1, 3), max_size=6), st.integers(1, 4)), min_size=1, max_size=8)
+
+
+@given(PROMPTS)
+@settings(max_examples=40, deadline=None)
+def test_what_moves_is_what_the_decode_worker_lacked(prompts):
+    """Prompts one after the other: each beginning that a prompt has and no earlier one had moves once."""
+    trace = [entry(n, n * 60_000.0, blocks, output_tokens) for n, (blocks, output_tokens) in enumerate(prompts)]
+    moved = {tuple(blocks[:end]) for blocks, count in prompts if count > 1 for end in range(1, len(blocks) + 1)}
+    result = replay(trace, disagg(transfer=TransferModel(bytes_per_token=1e6)))
+    assert result.moves.moved_gb == pytest.approx(len(moved) * BLOCK * 1e6 / 1e9)
+
+
+class Watched:
+    """A policy, and every view of a worker that it was shown."""
+
+    uses_prefixes = True
+
+    def __init__(self, name):
+        self._policy = PluginManager().make_policy(name, PolicyConfig())
+        self.views = {}
+
+    def assign(self, held, state):
+        self.views.update((view.worker_id, view) for view in state.workers)
+        return self._policy.assign(held, state)
+
+
+@given(st.integers(0, 1000), st.sampled_from(["always", "never", "auto"]), st.sampled_from(["kv", "kv_arrival"]))
+@settings(max_examples=15, deadline=None)
+def test_nothing_stays_booked(seed, disagg_policy, name):
+    watched = Watched(name)
+    mode = PluginManager().make_mode("disagg", ModeConfig(1, 2, 2, disagg_policy))
+    replay(conversations(40, seed), options(watched, mode=mode))
+    roles = {view.role for view in watched.views.values()}
+    assert roles == ({Role.DECODE} if disagg_policy == "never" else roles | {Role.DECODE})
+    for view in watched.views.values():
+        assert (view.booked_requests, view.booked_tokens, view.decoding, view.queued_tokens) == (0, 0, 0, 0)
 
 
 def test_reading_hides_behind_a_prompt_of_several_passes():

@@ -86,7 +86,9 @@ class ServerCluster:
             return await client.run(request, sink)
         assert isinstance(hand_over, ServerHandOver)
         hand_over.expect(client)
-        return await client.run(request, sink, keep_kv=True, on_kv=hand_over.on_kv)
+        finish = await client.run(request, sink, keep_kv=True, on_kv=hand_over.on_kv)
+        hand_over.prefilled(finish)
+        return finish
 
     def hand_over(self, request: Request) -> ServerHandOver:
         return ServerHandOver(request, self)

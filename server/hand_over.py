@@ -1,7 +1,9 @@
 """One request's KV on its way from a prefill worker to a decode worker, as the server conducts it.
 
-The prefill worker publishes rows under a lease; the decode worker is told to read them; when it has, the lease is given
-back, and only if it had held until then is what was read used. Bytes never pass through the server.
+There are two ways, and bytes never pass through the server in either. An engine that moves KV itself
+(`EngineInfo.moves_kv`) names it by a handle, which goes with the decode request and is all that they need. Of any
+other engine, the prefill worker publishes rows under a lease; the decode worker is told to read them; when it has, the
+lease is given back, and only if it had held until then is what was read used.
 """
 
 from __future__ import annotations
@@ -9,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
 
-from trtserve.plugins.api import KVHandle, Placement, Request, WorkerId
+from trtserve.plugins.api import Finish, KVHandle, Placement, Request, WorkerId
 from trtserve.server.errors import WorkerLost
 from trtserve.server.workers.client import WorkerClient
 from trtserve.server.workers.kv_messages import KVFetched
@@ -51,6 +54,8 @@ class ServerHandOver:
         self._is_fetching = False
         self._has_moved = False
         self.lease_id = 0  # held by `source`; 0: none
+        self._keeper: WorkerClient | None = None  # whose engine may keep KV of this request, to move it itself
+        self._kept: KVHandle | None = None  # what it keeps, until that is given
 
     async def __aenter__(self) -> Self:
         self._listener.hand_over_began(self)
@@ -62,6 +67,7 @@ class ServerHandOver:
         self._listener.hand_over_ended(self)
         self._abort()
         self._drop_lease()
+        self.take_back()
 
     @property
     def source(self) -> WorkerClient | None:
@@ -70,7 +76,8 @@ class ServerHandOver:
 
     def uses(self, client: WorkerClient) -> bool:
         """Whether that worker keeps blocks for it, or reads them."""
-        return (self._source is client and self.lease_id != 0) or (self._target is client and self._is_fetching)
+        gives = self._keeper is client or (self._source is client and self.lease_id != 0)
+        return gives or (self._target is client and self._is_fetching)
 
     # -------------------------------------------------------------- the prefill worker's side
 
@@ -78,8 +85,17 @@ class ServerHandOver:
         """The prompt is computed there now; what another worker published counts no longer."""
         self._abort()
         self._drop_lease()
+        self.take_back()
         self._source, self._handles = source, []
         self._published.clear()
+        self._keeper = source if source.moves_kv else None
+
+    def prefilled(self, finish: Finish) -> None:
+        """The run that was expected has ended."""
+        if self._keeper is not None:
+            self._kept = finish.kv_handle
+            if self._kept is None:
+                self._keeper = None
 
     def on_kv(self, handle: KVHandle) -> None:
         """A part of the prompt can be read."""
@@ -104,6 +120,8 @@ class ServerHandOver:
             self._fetch(handle)
 
     async def complete(self) -> bool:
+        if self._keeper is not None:
+            return self._kept is not None and self._keeper.keeps(self._kept)
         target, source, lease_id = self._target, self._source, self.lease_id
         if not lease_id and self._handles and self._handles[-1].is_final and not self._has_moved:
             return True  # a prompt without a full block: there is nothing to move
@@ -125,6 +143,19 @@ class ServerHandOver:
         target.kv.commit(self._request.id, is_valid)
         self._listener.fetched(fetch, is_valid, time.monotonic() - begun_s)
         return is_valid
+
+    # -------------------------------------------------------------- engines that move KV themselves
+
+    def give(self, request: Request) -> Request:
+        kept, self._kept = self._kept, None
+        if kept is None or self._keeper is None or not self._keeper.keeps(kept):
+            return request
+        return replace(request, kv_handle=kept)
+
+    def take_back(self) -> None:
+        keeper, self._keeper, self._kept = self._keeper, None, None
+        if keeper is not None:
+            keeper.let_go_of_kv(self._request.id)
 
     def _fetch(self, handle: KVHandle) -> None:
         assert self._target is not None

@@ -23,7 +23,7 @@ class KVPeers:
         """A worker takes requests from now on."""
         port = client.kv.port
         if port is None:
-            if client.role is not Role.AGG:
+            if client.role is not Role.AGG and not client.moves_kv:
                 logger.warning(
                     "%s can neither give nor take KV, so prompts are computed twice; see its log", client.worker_id
                 )

@@ -172,10 +172,16 @@ class DisaggregatedMode:
     async def _go_on(
         self, rest: Request, kept: Kept, cluster: Cluster, kv: HandOver | None, placement: Placement
     ) -> Finish:
-        if kv is not None:
-            kv.begin(placement)
-            if not await kv.complete():
-                cluster.count("transfer_failed")
+        if kv is None:
+            return await cluster.run(placement, rest, kept)
+        kv.begin(placement)
+        if not await kv.complete():
+            cluster.count("transfer_failed")
+        finish = await cluster.run(placement, kv.give(rest), kept)
+        if not finish.kv_lost:
+            return finish
+        cluster.count("transfer_failed")
+        kv.take_back()
         return await cluster.run(placement, rest, kept)
 
 

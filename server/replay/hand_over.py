@@ -144,6 +144,11 @@ class ReplayHandOver:
             self._target.store(self._hashes[: self._next_block], self.request.prompt)
         return True
 
+    def give(self, request: Request) -> Request:
+        return request  # no engine of the replay moves KV itself
+
+    def take_back(self) -> None: ...
+
     def _read(self) -> None:
         """Ask for what is published and lacking."""
         if self._target is None or self.source is None or self._num_published <= self._next_block:

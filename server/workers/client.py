@@ -14,6 +14,7 @@ from trtserve.plugins.api import (
     EngineInfo,
     Finish,
     FinishReason,
+    KVHandle,
     OutputSink,
     Request,
     RequestId,
@@ -143,6 +144,15 @@ class WorkerClient:
     # -------------------------------------------------------------- requests
 
     @property
+    def moves_kv(self) -> bool:
+        """Whether its engine hands KV over itself."""
+        return self.info is not None and self.info.moves_kv
+
+    def keeps(self, handle: KVHandle) -> bool:
+        """Whether the process that made this handle is still there."""
+        return self.state is WorkerState.READY and self.kv.incarnation == handle.incarnation
+
+    @property
     def num_running(self) -> int:
         """Requests submitted whose end has not been reported; cancelled ones that the worker still holds included."""
         return len(self._runs) + len(self._cancelled)
@@ -154,7 +164,8 @@ class WorkerClient:
 
         keep_kv: the worker keeps the prompt's KV readable under a lease. If the run then ends with LENGTH, `kv_handle`
         names all blocks, and the lease is the caller's to give back; `on_kv` hears of each part as it is there. After
-        any other end, the lease is given back here.
+        any other end, the lease is given back here. Where the engine moves KV itself, `on_kv` hears nothing, and
+        whatever the end, the caller calls `let_go_of_kv` when the hand-over is over.
 
         Raises WorkerLost when the worker is not there or dies.
         """
@@ -186,6 +197,10 @@ class WorkerClient:
             if self._runs.pop(request.id, None) is not None:
                 self._cancelled[request.id] = None
                 self.send(wire.Cancel(request.id))
+
+    def let_go_of_kv(self, request_id: RequestId) -> None:
+        """The KV that an engine keeps of this prefill is not needed any more. Ignored by one that keeps none."""
+        self.send(wire.Cancel(request_id))
 
     # -------------------------------------------------------------- what the worker reports
 
@@ -259,13 +274,17 @@ class WorkerClient:
             start += count
 
     def _finish(self, detail: wire.Detail, reason: FinishReason) -> None:
+        handle = detail.kv_handle
+        if handle is not None:
+            wire.check_descriptor(handle)  # while the run can still fail with the worker
+            handle = replace(handle, worker_id=self.worker_id, incarnation=self.kv.incarnation)
         let_go = self._cancelled.pop(detail.request_id, None)
         if let_go is not None:
             let_go()
         self._pushes.pop(detail.request_id, None)
         run = self._runs.pop(detail.request_id, None)
         if run is not None and not run.ended.done():
-            run.ended.set_result(Finish(reason, detail.stop_token_id, detail.error, detail.kv_handle))
+            run.ended.set_result(Finish(reason, detail.stop_token_id, detail.error, handle, detail.kv_lost))
         self._listener.on_ended(self, detail.request_id)
 
     def stop(self, request_id: RequestId) -> bool:

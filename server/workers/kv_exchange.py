@@ -89,11 +89,12 @@ class KVExchange:
         self._parts: _Parts | None = None
 
     def start(self, engine: Engine, info: EngineInfo) -> KVPort | None:
-        """Get the rows, attach them to the engine and open the transfers. None where the worker takes no part.
+        """Get the rows, attach them to the engine and open the transfers. None where the worker takes no part, as one
+        whose engine moves KV itself.
 
         Raises TransferError where a transfer is required and cannot be used.
         """
-        if self._options is None:
+        if self._options is None or info.moves_kv:
             return None
         kv_engine = kv_engine_of(engine)
         if kv_engine is None:

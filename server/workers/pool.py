@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, TypeVar
 
-from trtserve.plugins.api import Role, WorkerId
+from trtserve.plugins.api import EngineInfo, Role, WorkerId
 from trtserve.server.workers import wire
 from trtserve.server.workers.client import StepListener, WorkerClient, WorkerState
 from trtserve.server.workers.kv_messages import KVFetched, KVLinked, KVPublished, KVReleased
@@ -202,7 +202,16 @@ class WorkerPool:
                     f"its KV has the layout {ready.kv.layout}, that of {other.worker_id} {other.kv.port.layout}; start "
                     "all workers with one model, dtype, block size and engine, or without disaggregation"
                 )
+            if (ready.info.moves_kv, ready.info.kv_fingerprint) != (other.info.moves_kv, other.info.kv_fingerprint):
+                return (
+                    f"{_how_kv_moves(ready.info)}, but of {other.worker_id}, {_how_kv_moves(other.info)}; start all "
+                    "workers with one engine and the same options for moving KV"
+                )
         return None
+
+
+def _how_kv_moves(info: EngineInfo) -> str:
+    return f"its engine moves KV itself, as {info.kv_fingerprint!r}" if info.moves_kv else "its engine moves no KV"
 
 
 def _not_connected(identity: bytes, message: wire.ToWorker) -> bool:

@@ -38,10 +38,13 @@ from trtserve.plugins.api import (
 )
 from trtserve.server.workers.kv_messages import KVFromWorker, KVPort, KVToWorker, KVUsage
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 """Either side closes the connection of a peer that sends more."""
+
+MAX_DESCRIPTOR_BYTES = 2**20
+"""Of a `KVHandle` that an engine made."""
 
 MAX_BLOCKS = (MAX_MESSAGE_BYTES - 64) // 8
 """Hashes that one `Blocks` can carry."""
@@ -117,6 +120,7 @@ class Detail(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     error: str | None = None
     logprobs: tuple[TokenLogprob, ...] | None = None
     kv_handle: KVHandle | None = None
+    kv_lost: bool = False
 
 
 class Step(msgspec.Struct, tag="step", frozen=True, array_like=True):
@@ -182,6 +186,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True, array_like=True):
     cache_salt: str = ""
     keep_kv: bool = False  # keep the prompt's KV blocks readable for other workers: `KVPublished` tells of them
     num_resumed: int = 0  # as `Request.num_resumed`
+    kv_handle: KVHandle | None = None  # as `Request.kv_handle`
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True, array_like=True):
@@ -238,18 +243,21 @@ def submit_of(request: Request, *, keep_kv: bool = False) -> Submit:
         request.sampling,
         request.eos_token_ids,
         request.cache_salt,
-        keep_kv,
+        keep_kv or request.keeps_kv,
         request.num_resumed,
+        request.kv_handle,
     )
 
 
 def request_of(message: Submit) -> Request:
-    """Raises WireError where the packed prompt is not a whole, non-empty number of token ids, or none of them would be
-    a prompt's."""
+    """Raises WireError where the packed prompt is not a whole, non-empty number of token ids, none of them would be a
+    prompt's, or a descriptor is too long."""
     if not message.prompt or len(message.prompt) % 4:
         raise WireError(f"a prompt of {len(message.prompt)} bytes is not a non-empty array of int32")
     if not 0 <= message.num_resumed < len(message.prompt) // 4:
         raise WireError(f"{message.num_resumed} of {len(message.prompt) // 4} prompt tokens cannot be resumed output")
+    if message.kv_handle is not None:
+        check_descriptor(message.kv_handle)
     return Request(
         message.request_id,
         token_ids_of(message.prompt),
@@ -257,7 +265,15 @@ def request_of(message: Submit) -> Request:
         message.eos_token_ids,
         cache_salt=message.cache_salt,
         num_resumed=message.num_resumed,
+        keeps_kv=message.keep_kv,
+        kv_handle=message.kv_handle,
     )
+
+
+def check_descriptor(handle: KVHandle) -> None:
+    """Raises WireError where an engine's descriptor is longer than one may be."""
+    if len(handle.descriptor) > MAX_DESCRIPTOR_BYTES:
+        raise WireError(f"a KV descriptor of {len(handle.descriptor)} bytes is longer than {MAX_DESCRIPTOR_BYTES}")
 
 
 def token_ids_of(packed: bytes) -> TokenIds:
@@ -309,6 +325,7 @@ def _detail_of(output: Output) -> Detail:
         output.error,
         output.logprobs,
         output.kv_handle,
+        output.kv_lost,
     )
 
 

@@ -2,12 +2,14 @@
 
 import asyncio
 from array import array
+from dataclasses import replace
 
 import pytest
 
 from trtserve.plugins.api import (
     Finish,
     FinishReason,
+    KVHandle,
     ModeConfig,
     Prediction,
     Request,
@@ -32,6 +34,8 @@ class PlayedHandOver:
         self.began_on = []
         self.early = asyncio.Event()
         self.is_open = False
+        self.handle = None  # of an engine that moves KV itself
+        self.num_taken_back = 0
 
     async def __aenter__(self):
         self.is_open = True
@@ -49,6 +53,13 @@ class PlayedHandOver:
 
     async def complete(self):
         return self._cluster.transfers.pop(0) if self._cluster.transfers else True
+
+    def give(self, request):
+        handle, self.handle = self.handle, None
+        return request if handle is None else replace(request, kv_handle=handle)
+
+    def take_back(self):
+        self.num_taken_back += 1
 
 
 class Placement:
@@ -94,7 +105,7 @@ class PlayedCluster:
             return Finish(FinishReason.LENGTH)
         if isinstance(end, Exception):
             raise end
-        return Finish(end)
+        return end if isinstance(end, Finish) else Finish(end)
 
     def hand_over(self, request):
         return self.kv
@@ -288,3 +299,18 @@ async def test_without_prefill_workers_decode_workers_do_it_all():
     cluster = PlayedCluster(([7], STOP), predictions={Role.DECODE: Prediction(0, 100, 900, 0)})
     await run(cluster, "auto")
     assert cluster.counted == ["local_prefill"]
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+async def test_a_handle_goes_with_the_decode_once_and_a_lost_one_costs_a_prefill_there(is_lost):
+    lost = Finish(FinishReason.ERROR, error="not there", kv_lost=True)
+    ends = [([], lost), ([6, 7], FinishReason.STOP)] if is_lost else [([6, 7], FinishReason.STOP)]
+    cluster = PlayedCluster(([5], FinishReason.LENGTH), *ends)
+    handle = cluster.kv.handle = KVHandle(3, WorkerId("prefill-0"), 1, 0, (), descriptor=b"there")
+    finish, sink = await run(cluster)
+    assert finish.reason is FinishReason.STOP and sink.tokens == [5, 6, 7]
+    decodes = [request for request, _ in cluster.submitted[1:]]
+    assert [request.kv_handle for request in decodes] == ([handle, None] if is_lost else [handle])
+    assert all(request.num_resumed == 1 and list(request.prompt) == [*PROMPT, 5] for request in decodes)
+    assert cluster.kv.num_taken_back == is_lost and ("transfer_failed" in cluster.counted) is is_lost
+    assert cluster.placed == [("prefill", False), ("decode", True)]

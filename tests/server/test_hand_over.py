@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from trtserve.plugins.api import KVHandle, Request, RequestId, SamplingParams, WorkerId
+from trtserve.plugins.api import Finish, FinishReason, KVHandle, Request, RequestId, SamplingParams, WorkerId
 from trtserve.server.errors import WorkerLost
 from trtserve.server.hand_over import ServerHandOver
 from trtserve.server.workers.kv_messages import KVFetched
@@ -47,7 +47,10 @@ class PlayedKV:
 
 class Listener:
     def __init__(self):
-        self.clients = {name: SimpleNamespace(worker_id=WorkerId(name), kv=PlayedKV()) for name in ("p", "q", "d", "e")}
+        self.clients = {
+            name: SimpleNamespace(worker_id=WorkerId(name), kv=PlayedKV(), moves_kv=False)
+            for name in ("p", "q", "d", "e")
+        }
         self.live, self.outcomes = set(), []
 
     def hand_over_began(self, hand_over):
@@ -162,3 +165,53 @@ async def test_leaving_at_any_time_gives_everything_back(listener):
         kv.begin(at("d"))
     assert listener.clients["d"].kv.said == [("fetch", 0), ("abort",)]
     assert listener.clients["p"].kv.said == [("drop", 7)] and not listener.live
+
+
+# ------------------------------------------------------------------ engines that move KV themselves
+
+
+@pytest.fixture
+def mover(listener):
+    """A prefill worker whose engine does; `let_go` are the requests whose KV it was told is not needed."""
+    client = listener.clients["p"]
+    client.moves_kv, client.let_go, client.is_there = True, [], True
+    client.let_go_of_kv = client.let_go.append
+    client.keeps = lambda handle: client.is_there
+    return client
+
+
+async def test_a_kept_handle_is_given_once_and_let_go_at_the_end(listener, mover):
+    kept = KVHandle(9, WorkerId("p"), 1, 0, (), descriptor=b"x")
+    async with ServerHandOver(REQUEST, listener) as kv:
+        kv.expect(mover)
+        assert kv.uses(mover)
+        kv.prefilled(Finish(FinishReason.LENGTH, kv_handle=kept))
+        kv.begin(at("d"))
+        assert await kv.complete()
+        assert kv.give(REQUEST).kv_handle == kept and kv.give(REQUEST).kv_handle is None
+        assert mover.let_go == []
+    assert mover.let_go == [REQUEST.id] and not kv.uses(mover)
+    assert listener.clients["d"].kv.said == mover.kv.said == []
+
+
+async def test_of_a_prefill_that_kept_nothing_nothing_is_given(listener, mover):
+    async with ServerHandOver(REQUEST, listener) as kv:
+        kv.expect(mover)
+        kv.prefilled(Finish(FinishReason.STOP))
+    assert mover.let_go == []
+
+
+async def test_what_a_dead_process_kept_is_not_given(listener, mover):
+    async with ServerHandOver(REQUEST, listener) as kv:
+        kv.expect(mover)
+        kv.prefilled(Finish(FinishReason.LENGTH, kv_handle=KVHandle(9, WorkerId("p"), 1, 0, ())))
+        mover.is_there = False
+        assert not await kv.complete()
+        assert kv.give(REQUEST).kv_handle is None
+
+
+async def test_a_prefill_that_is_tried_again_lets_the_first_one_go(listener, mover):
+    async with ServerHandOver(REQUEST, listener) as kv:
+        kv.expect(mover)
+        kv.expect(listener.clients["q"])
+        assert mover.let_go == [REQUEST.id] and not kv.uses(mover)

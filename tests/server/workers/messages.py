@@ -43,7 +43,12 @@ TOKENS = st.lists(INT32, min_size=1, max_size=6)
 
 LOAD = st.builds(WorkerLoad, **{name: COUNT for name in WorkerLoad.__dataclass_fields__})
 INFO = st.builds(
-    EngineInfo, COUNT, COUNT, COUNT, COUNT, COUNT, COUNT, publishes_kv_events=st.booleans(), max_logprobs=COUNT
+    EngineInfo,
+    *[COUNT] * 6,
+    publishes_kv_events=st.booleans(),
+    max_logprobs=COUNT,
+    moves_kv=st.booleans(),
+    kv_fingerprint=TEXT,
 )
 STATS = st.builds(PassStats, FLOAT, COUNT, COUNT, COUNT)
 LOGPROB = st.builds(TokenLogprob, INT32, FLOAT, st.lists(st.tuples(INT32, FLOAT), max_size=3).map(tuple))
@@ -74,6 +79,8 @@ REQUEST = st.builds(
     SAMPLING,
     st.lists(INT32, max_size=3).map(tuple),
     cache_salt=TEXT,
+    keeps_kv=st.booleans(),
+    kv_handle=st.none() | HANDLE,
 ).map(lambda request: replace(request, num_resumed=len(request.prompt) // 2))
 BLOCK = st.builds(StoredBlock, HASH, TOKENS.map(lambda ids: array("i", ids)))
 EVENT = st.one_of(
@@ -91,6 +98,7 @@ OUTPUT = st.builds(
     st.none() | st.lists(LOGPROB, max_size=2).map(tuple),
     st.none() | TEXT,
     st.none() | HANDLE,
+    kv_lost=st.booleans(),
 )
 STEP = st.builds(
     StepOutputs,

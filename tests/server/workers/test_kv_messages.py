@@ -60,3 +60,10 @@ def test_a_prompt_s_first_token_is_never_resumed_output(num_resumed):
     message = msgspec.structs.replace(wire.submit_of(a_request(1, num_tokens=3)), num_resumed=num_resumed)
     with pytest.raises(wire.WireError, match=f"{num_resumed} of 3 prompt tokens"):
         wire.request_of(message)
+
+
+def test_a_descriptor_has_a_longest_length():
+    handle = KVHandle(1, WorkerId("p"), 2, 0, (), descriptor=b"x" * (wire.MAX_DESCRIPTOR_BYTES + 1))
+    message = msgspec.structs.replace(wire.submit_of(a_request(1, num_tokens=3)), kv_handle=handle)
+    with pytest.raises(wire.WireError, match="1048577 bytes is longer than 1048576"):
+        wire.request_of(message)

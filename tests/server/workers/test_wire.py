@@ -70,6 +70,7 @@ def test_a_step_says_all_that_the_engine_said(outputs, number, first_event):
         assert detail.kv_handle == output.kv_handle
         if output.finish_reason is not None:
             assert (detail.stop_token_id, detail.error) == (output.stop_token_id, output.error)
+            assert detail.kv_lost is output.kv_lost
     assert not details and len(step.events) == len(outputs.events)
 
 

@@ -59,7 +59,13 @@ class Worker:
 
     @property
     def view(self) -> WorkerView:
+        """With all that is estimated."""
         return self.tracked.view
+
+    @property
+    def counts(self) -> WorkerView:
+        """The same object with what is counted only, which costs nothing."""
+        return self.tracked.counts
 
 
 @dataclass(slots=True, eq=False)
@@ -79,7 +85,7 @@ class Booking:
 
     @property
     def worker_id(self) -> WorkerId:
-        return self.worker.view.worker_id
+        return self.worker.counts.worker_id
 
     @property
     def predicted_cached_tokens(self) -> int:
@@ -152,7 +158,7 @@ class RoutingCore:
         """Its blocks leave the index. Its bookings stay with whoever made them, who gives them back as ever."""
         worker = self.workers.pop(worker_id, None)
         if worker is not None:
-            self.index.remove_worker(worker.view.slot)
+            self.index.remove_worker(worker.counts.slot)
 
     def drain(self, worker_id: WorkerId, is_draining: bool) -> None:
         """Whether a worker is passed over by decisions from now on; what is booked on it goes on."""
@@ -164,8 +170,8 @@ class RoutingCore:
         """A worker on which nothing is booked has another role from now on. What it has stored stays in the index, and
         it takes requests again."""
         worker = self.workers[worker_id]
-        assert not worker.view.booked_requests, "drained before"
-        worker.view.role = role
+        assert not worker.counts.booked_requests, "drained before"
+        worker.counts.role = role
         worker.tracked.pass_times = self.pass_times(role)
         worker.is_draining = False
 
@@ -183,7 +189,7 @@ class RoutingCore:
 
     def of_role(self, role: Role) -> list[Worker]:
         """Those that take requests."""
-        return [worker for worker in self.workers.values() if worker.view.role is role and not worker.is_draining]
+        return [worker for worker in self.workers.values() if worker.counts.role is role and not worker.is_draining]
 
     def indexed(self, worker_id: WorkerId) -> tuple[int, int]:
         """(blocks in the index, times that events were missed) of a worker; none of one that is not ready."""
@@ -191,7 +197,7 @@ class RoutingCore:
         if worker is None:
             return 0, 0
         gaps = worker.feed.gaps + worker.feed.overflows if worker.feed is not None else 0
-        return self.index.num_stored(worker.view.slot), gaps
+        return self.index.num_stored(worker.counts.slot), gaps
 
     # -------------------------------------------------------------- requests
 
@@ -218,7 +224,7 @@ class RoutingCore:
         for worker in self.of_role(role):
             worker.tracked.observe(now_s)
             worker.tracked.use(times)
-            view = worker.view
+            view = worker.counts
             size = view.info.block_size
             cached = min(overlaps.get(view.slot, 0), (len(request.prompt) - 1) // size) * size
             wait_ms, compute_ms = worker.tracked.expected_ms(len(request.prompt) - cached, now_s)
@@ -252,7 +258,7 @@ class RoutingCore:
         worker, booked = booking.worker, booking.booked
         if booking.reservation is not None:
             self.index.unreserve(booking.reservation)
-        if booked.is_prompt_done and worker.view.role is not Role.PREFILL:
+        if booked.is_prompt_done and worker.counts.role is not Role.PREFILL:
             self.traffic.ended(worker.tracked.generated_tokens(booked))
         worker.tracked.ended(booked)
         if worker.bookings.get(booking.request.id) is booking:
@@ -269,7 +275,7 @@ class RoutingCore:
             for hashes in removed:
                 worker.eviction.removed(hashes, now_s)
             if removed:
-                worker.view.eviction_loss = worker.eviction.loss(self.traffic.estimates.block_life_s)
+                worker.counts.eviction_loss = worker.eviction.loss(self.traffic.estimates.block_life_s)
 
     def snapshot(self, worker_id: WorkerId, next_event: int, hashes: Sequence[int]) -> IndexCheck | None:
         """A worker's whole set of blocks, as `resync` asked for, after the events below `next_event`. Returns how the
@@ -277,7 +283,7 @@ class RoutingCore:
         worker = self.workers.get(worker_id)
         if worker is None or worker.feed is None:
             return None
-        stored, actual = self.index.stored(worker.view.slot), set(hashes)
+        stored, actual = self.index.stored(worker.counts.slot), set(hashes)
         check = IndexCheck(worker.feed.is_known, len(actual), len(actual - stored), len(stored - actual))
         worker.feed.snapshot(next_event, hashes)
         return check
@@ -285,7 +291,7 @@ class RoutingCore:
     def learn(self, worker_id: WorkerId, stats: PassStats) -> None:
         """A pass that the worker ran before it was ready."""
         worker = self.workers[worker_id]
-        worker.tracked.pass_times.observe(stats, worker.view.kv_tokens)
+        worker.tracked.pass_times.observe(stats, worker.counts.kv_tokens)
 
     def prompt_done(self, worker_id: WorkerId, request_id: RequestId, cached_tokens: int) -> Booking | None:
         """A request got its first token. None where it is not booked there (any more)."""
@@ -307,9 +313,9 @@ class RoutingCore:
         if worker is None:
             return
         if stats is not None and worker.tracked.pass_times.wants(stats, now_s):
-            worker.tracked.pass_times.observe(stats, worker.view.kv_tokens)
+            worker.tracked.pass_times.observe(stats, worker.counts.kv_tokens)
         worker.tracked.pass_ended(stats, load, tokens, rows, now_s)
-        view = worker.view
+        view = worker.counts
         # Each running sequence has one block that is not full yet, and so not stored.
         view.unused_blocks = max(0, view.info.num_blocks - self.index.num_stored(view.slot) - load.running)
 
@@ -322,7 +328,7 @@ class RoutingCore:
             self._again_at_s[role] = rest_until_s
             return False
         workers = self.of_role(role)
-        if not any(worker.view.free_slots > 0 for worker in workers):
+        if not any(worker.counts.free_slots > 0 for worker in workers):
             return False
         held = list(islice((held for held in self._held.values() if held.role is role), WINDOW))
         if not held:
@@ -355,7 +361,7 @@ class RoutingCore:
     def _book(self, assignment: Assignment, role: Role, now_s: float) -> Booking:
         worker = self.workers[assignment.worker_id]
         held = self._held[role, assignment.request_id]
-        request, view = held.request, worker.view
+        request, view = held.request, worker.counts
         hashes, size = request.block_hashes if view.info.caches_prefixes else (), view.info.block_size
         overlap = held.overlaps().get(view.slot, 0) if hashes else 0
         # An engine computes at least the last token of a prompt.
@@ -376,7 +382,7 @@ class RoutingCore:
 def _check(plan: Plan, held: Sequence[HeldRequest], workers: Sequence[Worker]) -> None:
     """Raises ValueError for a plan that names strangers, a request twice, or more than a worker's slots."""
     ids = {waiting.request.id for waiting in held}
-    slots = {worker.view.worker_id: worker.view.free_slots for worker in workers}
+    slots = {worker.counts.worker_id: worker.counts.free_slots for worker in workers}
     for assignment in plan.assignments:
         if assignment.request_id not in ids:
             raise ValueError(f"the plan assigns request {assignment.request_id}, which is not held, or twice")

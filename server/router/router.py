@@ -94,12 +94,12 @@ class Router:
         self.core.drain(worker_id, is_draining)
         worker = self.core.workers.get(worker_id)
         if worker is not None and not is_draining:
-            self.plan(worker.view.role)
+            self.plan(worker.counts.role)
 
     def relabel(self, worker_id: WorkerId, role: Role) -> None:
         """A drained worker has another role from now on. If it was the last of its role, those who wait for that role
         are told so: nobody will come back to them."""
-        former = self.core.workers[worker_id].view.role
+        former = self.core.workers[worker_id].counts.role
         self.core.relabel(worker_id, role)
         if not self.core.has_role(former):
             for (wanted, _), placed in list(self._waiting.items()):
@@ -119,11 +119,11 @@ class Router:
     def booked(self, worker_id: WorkerId) -> tuple[int, int]:
         """(requests, tokens) booked on a worker; none on one that is not ready."""
         worker = self.core.workers.get(worker_id)
-        return (worker.view.booked_requests, worker.view.booked_tokens) if worker is not None else (0, 0)
+        return (worker.counts.booked_requests, worker.counts.booked_tokens) if worker is not None else (0, 0)
 
     def infos(self) -> list[EngineInfo]:
         """What the ready workers can do."""
-        return [worker.view.info for worker in self.core.workers.values()]
+        return [worker.counts.info for worker in self.core.workers.values()]
 
     def describe(self) -> dict[str, Any]:
         """The state in detail, JSON-able."""
@@ -158,7 +158,7 @@ class Router:
 
     def unbook(self, booking: Booking) -> None:
         """A booking is over: its place is free for whoever waits."""
-        role = booking.worker.view.role
+        role = booking.worker.counts.role
         self.core.ended(booking, self._clock())
         self.plan_soon(role)
 
@@ -215,7 +215,7 @@ class Router:
         """The rest of a step: `rows` sequences got `tokens` tokens."""
         self.core.pass_ended(worker_id, stats, load, tokens, rows, self._clock())
         if self._waiting and (rows if stats is None else stats.prefill_tokens):
-            self.plan_soon(self.core.workers[worker_id].view.role)
+            self.plan_soon(self.core.workers[worker_id].counts.role)
 
     # -------------------------------------------------------------- the decision
 
@@ -251,7 +251,7 @@ class Router:
     def _wake(self, booking: Booking) -> None:
         self._decisions.inc()
         self._metrics.held_seconds.observe(booking.held_s)
-        placed = self._waiting.pop((booking.worker.view.role, booking.request.id), None)
+        placed = self._waiting.pop((booking.worker.counts.role, booking.request.id), None)
         owned = ServerBooking(self, booking)
         if placed is None or placed.done():
             # Cancelled, and its task has not run since: nobody will give the booking back.

@@ -37,48 +37,74 @@ class Booked:
 
 class TrackedLoad:
     """Keeps a worker's `WorkerView` true. The calls of one engine step come in this order: `prompt_done` for each
-    prompt that the pass completed, `pass_ended`, and then, as the requests end, `ended`."""
+    prompt that the pass completed, `pass_ended`, and then, as the requests end, `ended`.
+
+    Passes end much more often than decisions are made, so only what is counted is counted at once; the pass under way
+    and the queue behind it are estimated when `view` is asked for, or when what they follow from is about to change.
+    """
 
     def __init__(self, view: WorkerView, pass_times: PassTimeModel) -> None:
-        self.view = view
+        self.counts = view
+        """The same object as `view`, with what is counted exactly: bookings, slots, tokens, blocks. Cheap."""
         self.pass_times = pass_times
         self._kv_tokens = view.kv_tokens
-        self._prompts: deque[Booked] = deque()  # sent, first token not seen
+        # Sent, first token not seen; what follows says it of all of them together.
+        self._prompts: deque[Booked] = deque()
+        self._prompt_tokens = 0
+        self._remaining_tokens = 0
+        self._untouched_blocks = 0  # KV blocks that those take of which nothing is computed yet
         self._progress = 0.0  # tokens that a sequence decoding since the beginning would have got
         self._starts_s: float | None = None  # idle until now, and something was sent: the next pass begins then
         self._done_in_pass = 0  # prompt tokens of the prompts that this pass completed
         self._covered = 0  # prompt tokens that the pass under way computes, as estimated
         self._began_s = LONG_AGO_S
+        # (when, is it blocked, pass times known then) of a pass that nobody has asked about yet
+        self._begun: tuple[float, bool, PassTimes] | None = None
+        self._is_stale = False  # the view's estimates, of the queue and of decoding
         self._set_decode_times()
+
+    @property
+    def view(self) -> WorkerView:
+        """All that is known and estimated, as of the last call."""
+        self._settle()
+        if self._is_stale:
+            self._is_stale = False
+            self._set_decode_times()
+            self._count_queue()
+        return self.counts
 
     # -------------------------------------------------------------- bookings
 
     def send(self, booked: Booked) -> None:
-        view, request = self.view, booked.request
+        self._settle()
+        view, request = self.counts, booked.request
         view.booked_requests += 1
         view.booked_tokens += len(request.prompt) + request.sampling.max_tokens
         view.context_tokens += len(request.prompt)
         view.free_blocks -= self._new_blocks(booked)
         self._prompts.append(booked)
+        self._count_prompt(booked, 1)
         if self._starts_s is None and not self._is_running(booked.sent_s):
             self._starts_s = view.pass_ends_s = booked.sent_s
-        self._set_decode_times()
-        self._count_queue()
+        self._is_stale = True
 
     def prompt_done(self, booked: Booked, cached_tokens: int) -> None:
         """Its first token came."""
         if booked.is_prompt_done:
             return
+        self._settle()
         booked.is_prompt_done = True
         booked.progress_at_first = self._progress
         self._prompts.remove(booked)
+        self._count_prompt(booked, -1)
         self._done_in_pass += len(booked.request.prompt) - cached_tokens - booked.computed_tokens
-        self.view.decoding += 1
-        self._count_queue()
+        self.counts.decoding += 1
+        self._is_stale = True
 
     def ended(self, booked: Booked) -> None:
         """The booking is given back, whatever became of the request."""
-        view, request = self.view, booked.request
+        self._settle()
+        view, request = self.counts, booked.request
         view.booked_requests -= 1
         view.booked_tokens -= len(request.prompt) + request.sampling.max_tokens
         view.context_tokens = max(0, view.context_tokens - len(request.prompt) - self.generated_tokens(booked))
@@ -86,12 +112,12 @@ class TrackedLoad:
             view.decoding -= 1
         else:
             self._prompts.remove(booked)
+            self._count_prompt(booked, -1)
         if not view.booked_requests:
             view.context_tokens = 0
             self._covered = 0
             self._starts_s = None
-        self._set_decode_times()
-        self._count_queue()
+        self._is_stale = True
 
     def generated_tokens(self, booked: Booked) -> int:
         """Tokens that a request has got so far; exact unless it was preempted or drafts more luckily than others."""
@@ -100,41 +126,39 @@ class TrackedLoad:
     # -------------------------------------------------------------- passes
 
     def pass_ended(self, stats: PassStats | None, load: WorkerLoad, tokens: int, rows: int, now_s: float) -> None:
-        """A step's report: `rows` sequences got `tokens` tokens."""
-        view = self.view
+        """A step's report: `rows` sequences got `tokens` tokens. Hot."""
+        view = self.counts
         view.load = load
         # The report is older than the pass that begins now, which admits what was sent meanwhile.
-        taken = sum(self._new_blocks(booked) for booked in self._prompts if not booked.computed_tokens)
-        view.free_blocks = load.free_blocks - taken
+        view.free_blocks = load.free_blocks - self._untouched_blocks
         if rows:
             self._progress += tokens / rows
             view.context_tokens += tokens
         if stats is None:
             self._done_in_pass = 0
             if rows:  # an engine that tells nothing of its passes: another one begins, is all that is known
-                self._starts_s = None
-                self._begin_pass(now_s, False)
+                self._begin_later(now_s, False)
             return
-        self._advance(stats)
+        if self._prompts:
+            self._advance(stats)
+        self._done_in_pass = 0
         if stats.decode_sequences and not stats.prefill_tokens:
             # What was counted token by token drifts where requests end early or are preempted.
-            waiting = sum(len(booked.request.prompt) for booked in self._prompts)
-            view.context_tokens = stats.context_tokens + stats.decode_sequences + waiting
+            view.context_tokens = stats.context_tokens + stats.decode_sequences + self._prompt_tokens
         is_blocked = not stats.prefill_tokens and bool(self._prompts) and self._prompts[0].sent_s < self._began_s
-        self._starts_s = None
-        self._begin_pass(now_s, is_blocked)
+        self._begin_later(now_s, is_blocked)
 
     def observe(self, now_s: float) -> None:
         """Before a decision: a pass that an idle worker was about to begin has begun by now."""
         if self._starts_s is not None and now_s > self._starts_s + _START_S:
-            began_s, self._starts_s = self._starts_s, None
-            self._begin_pass(began_s, False)
+            self._begin_later(self._starts_s, False)
 
     def use(self, times: PassTimes) -> None:
         """Estimate with these from now on; the newest are the same for all workers of a role."""
-        if self.view.pass_times is not times:
-            self.view.pass_times = times
-            self._set_decode_times()
+        self._settle()
+        if self.counts.pass_times is not times:
+            self.counts.pass_times = times
+            self._is_stale = True
 
     def expected_ms(self, new_tokens: int, now_s: float) -> tuple[float, float]:
         """(until a prompt sent now could begin, its passes) for so many tokens to compute; call `observe` before."""
@@ -153,42 +177,59 @@ class TrackedLoad:
 
     def _is_running(self, now_s: float) -> bool:
         """Whether a pass is under way, as far as is known; one that is late counts."""
-        view = self.view
+        view = self.counts
         return view.decoding > 0 or self._covered > 0 or view.pass_ends_s > now_s
 
     def _new_blocks(self, booked: Booked) -> int:
         """KV blocks that its prompt takes beside those that were there."""
-        return -(-len(booked.request.prompt) // self.view.info.block_size) - booked.overlap_blocks
+        return -(-len(booked.request.prompt) // self.counts.info.block_size) - booked.overlap_blocks
+
+    def _count_prompt(self, booked: Booked, sign: int) -> None:
+        """It comes to the prompts, or leaves them."""
+        self._prompt_tokens += sign * len(booked.request.prompt)
+        self._remaining_tokens += sign * booked.remaining_tokens
+        if not booked.computed_tokens:
+            self._untouched_blocks += sign * self._new_blocks(booked)
 
     def _advance(self, stats: PassStats) -> None:
         """What the pass computed and completed no prompt went to the prompts in order."""
-        rest, self._done_in_pass = stats.prefill_tokens - self._done_in_pass, 0
+        rest = stats.prefill_tokens - self._done_in_pass
         for booked in self._prompts:
             if rest <= 0:
                 break
             share = min(rest, booked.remaining_tokens)
+            self._count_prompt(booked, -1)
             booked.computed_tokens += share
+            self._count_prompt(booked, 1)
             rest -= share
 
-    def _begin_pass(self, now_s: float, is_blocked: bool) -> None:
-        """Estimate the pass that begins now."""
-        view = self.view
-        view.pass_times = self.pass_times.times
-        self._set_decode_times()
+    def _begin_later(self, began_s: float, is_blocked: bool) -> None:
+        """A pass begins now, to be estimated when somebody asks."""
+        self._starts_s = None
+        self._began_s = began_s
+        self._begun = began_s, is_blocked, self.pass_times.times
+        self._is_stale = True
+
+    def _settle(self) -> None:
+        """Estimate the pass that has begun, from what is still as it was then."""
+        if self._begun is None:
+            return
+        (began_s, is_blocked, times), self._begun = self._begun, None
+        view = self.counts
+        view.pass_times = times
         room = max(0, view.info.max_num_tokens - view.decoding)
-        queued = sum(booked.remaining_tokens for booked in self._prompts)
-        self._covered = 0 if is_blocked else min(room, queued)
-        self._began_s = now_s
+        self._covered = 0 if is_blocked else min(room, self._remaining_tokens)
         view.is_prefilling = self._covered > 0
         if not view.is_prefilling and not view.decoding:
             view.pass_ends_s = LONG_AGO_S
         else:
+            self._set_decode_times()
             pass_ms = view.pass_times.prefill_ms(self._covered) + (view.decode_ms if view.decoding else 0.0)
-            view.pass_ends_s = now_s + pass_ms / 1000
-        self._count_queue()
+            view.pass_ends_s = began_s + pass_ms / 1000
+        self._is_stale = True
 
     def _set_decode_times(self) -> None:
-        view = self.view
+        view = self.counts
         curve, usage = view.pass_times.decode, view.context_tokens / self._kv_tokens
         inside = curve.low if usage < curve.low else curve.high if usage > curve.high else usage
         view.decode_slope_ms = slope = curve.linear + 2 * curve.quadratic * inside
@@ -196,9 +237,8 @@ class TrackedLoad:
 
     def _count_queue(self) -> None:
         """Prompt tokens that the pass under way leaves, and the prompts in the last pass they will need."""
-        view = self.view
-        left = sum(booked.remaining_tokens for booked in self._prompts) - self._covered
-        view.queued_tokens = max(0, left)
+        view = self.counts
+        view.queued_tokens = max(0, self._remaining_tokens - self._covered)
         last, count = view.queued_tokens % view.info.max_num_tokens, 0
         for booked in reversed(self._prompts):
             if last <= 0:

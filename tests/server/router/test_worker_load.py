@@ -1,6 +1,7 @@
 """A worker's load: exact bookings, and the pass under way as estimated."""
 
 from array import array
+from dataclasses import asdict
 
 import pytest
 from hypothesis import given
@@ -33,44 +34,41 @@ def step(tracked, now_s, prefill=0, decoding=0, context=0, rows=0):
 
 def test_an_idle_worker_takes_what_comes_in_one_instant_into_one_pass():
     tracked = make()
-    view = tracked.view
     tracked.send(booked(1, 30, sent_s=1.0))
     tracked.observe(1.0)
-    assert (view.queued_tokens, view.queued_prompts, view.is_prefilling) == (30, 1, False)
-    assert view.pass_ends_s <= 1.0
+    assert (tracked.view.queued_tokens, tracked.view.queued_prompts, tracked.view.is_prefilling) == (30, 1, False)
+    assert tracked.view.pass_ends_s <= 1.0
     tracked.send(booked(2, 20, sent_s=1.0))
-    assert (view.queued_tokens, view.queued_prompts) == (50, 2)
+    assert (tracked.view.queued_tokens, tracked.view.queued_prompts) == (50, 2)
     tracked.observe(1.001)
-    assert view.is_prefilling and view.pass_ends_s == pytest.approx(1.0 + 0.060)
-    assert (view.queued_tokens, view.queued_prompts) == (0, 0)
+    assert tracked.view.is_prefilling and tracked.view.pass_ends_s == pytest.approx(1.0 + 0.060)
+    assert (tracked.view.queued_tokens, tracked.view.queued_prompts) == (0, 0)
 
 
 def test_what_comes_during_a_pass_waits_for_the_next():
     tracked = make()
-    view = tracked.view
     tracked.send(booked(1, 30, sent_s=1.0))
     tracked.observe(1.01)
     tracked.send(booked(2, 150, sent_s=1.01))
     tracked.send(booked(3, 20, sent_s=1.01))
     # 170 tokens: one full pass, then 70 of which 50 are the second prompt's rest
-    assert (view.queued_tokens, view.queued_prompts) == (170, 2)
-    assert view.pass_ends_s == pytest.approx(1.04)
+    assert (tracked.view.queued_tokens, tracked.view.queued_prompts) == (170, 2)
+    assert tracked.view.pass_ends_s == pytest.approx(1.04)
 
 
 def test_reports_move_prompts_on_and_begin_the_next_pass():
     tracked = make()
-    view = tracked.view
     first, second = booked(1, 30, 1.0), booked(2, 150, 1.0)
     tracked.send(first)
     tracked.send(second)
     tracked.observe(1.001)
-    assert view.queued_tokens == 80  # the pass took 30 + 70
+    assert tracked.view.queued_tokens == 80  # the pass took 30 + 70
     tracked.prompt_done(first, 0)
     step(tracked, 1.2, prefill=100, rows=1)
     assert first.is_prompt_done and second.computed_tokens == 70
-    assert view.decoding == 1 and view.context_tokens == 181
-    assert view.queued_tokens == 0 and view.is_prefilling  # the rest of the second one
-    assert view.pass_ends_s == pytest.approx(1.2 + 0.010 + 0.080 + 0.005)
+    assert tracked.view.decoding == 1 and tracked.view.context_tokens == 181
+    assert tracked.view.queued_tokens == 0 and tracked.view.is_prefilling  # the rest of the second one
+    assert tracked.view.pass_ends_s == pytest.approx(1.2 + 0.010 + 0.080 + 0.005)
 
 
 def test_a_wrong_prediction_of_the_cache_is_put_right():
@@ -86,7 +84,6 @@ def test_a_wrong_prediction_of_the_cache_is_put_right():
 
 def test_a_prompt_that_gets_no_room_does_not_count_as_a_pass_under_way():
     tracked = make()
-    view = tracked.view
     runs = booked(1, 30, 1.0)
     tracked.send(runs)
     tracked.observe(1.001)
@@ -94,9 +91,9 @@ def test_a_prompt_that_gets_no_room_does_not_count_as_a_pass_under_way():
     step(tracked, 1.04, prefill=30, rows=1)
     tracked.send(booked(2, 50, 1.041))  # its KV blocks are not free: passes go on without it
     step(tracked, 1.045, decoding=1, context=30, rows=1)
-    assert view.is_prefilling  # it could have come too late for that pass
+    assert tracked.view.is_prefilling  # it could have come too late for that pass
     step(tracked, 1.050, decoding=1, context=31, rows=1)
-    assert not view.is_prefilling and view.queued_tokens == 50
+    assert not tracked.view.is_prefilling and tracked.view.queued_tokens == 50
 
 
 def test_generated_tokens_are_counted_by_passes():
@@ -141,13 +138,13 @@ def test_when_all_have_ended_nothing_is_left(data):
 
 def test_an_engine_without_statistics_is_followed_as_well():
     tracked = make()
-    view, first = tracked.view, booked(1, 350, 1.0)
+    first = booked(1, 350, 1.0)
     tracked.send(first)
     tracked.observe(1.001)
-    assert view.queued_tokens == 250
+    assert tracked.view.queued_tokens == 250
     tracked.prompt_done(first, 0)
     tracked.pass_ended(None, WorkerLoad(free_blocks=900), 1, 1, 1.5)
-    assert view.queued_tokens == 0 and not view.is_prefilling and view.decoding == 1
+    assert tracked.view.queued_tokens == 0 and not tracked.view.is_prefilling and tracked.view.decoding == 1
 
 
 def test_context_does_not_drift_where_requests_end_early():
@@ -163,3 +160,34 @@ def test_context_does_not_drift_where_requests_end_early():
         tracked.ended(stopped)  # by a stop string: the worker says a few tokens more
         step(tracked, 1.3, decoding=2, context=45, rows=2)
     assert tracked.view.context_tokens == 47
+
+
+@given(st.data())
+def test_asking_for_the_view_changes_nothing(data):
+    """What is estimated late is as if it had been estimated at once."""
+    asked, unasked, live, now_s = make(), make(), [], 1.0
+    for number in range(1, data.draw(st.integers(2, 20))):
+        now_s += data.draw(st.sampled_from([0.0, 0.0001, 0.02, 0.3]))
+        tokens, row = data.draw(st.integers(1, 300)), data.draw(st.integers(0, len(live)))
+        match data.draw(st.sampled_from(["send", "prompt", "pass", "bare pass", "end", "observe"])):
+            case "send":
+                live.append((booked(number, tokens, now_s), booked(number, tokens, now_s)))
+                for tracked, one in zip((asked, unasked), live[-1], strict=True):
+                    tracked.send(one)
+            case "prompt" if live:
+                for tracked, one in zip((asked, unasked), live[row - 1], strict=True):
+                    tracked.prompt_done(one, 0)
+            case "pass":
+                for tracked in (asked, unasked):
+                    step(tracked, now_s, prefill=tokens % 3 * 40, decoding=row, context=row * 30, rows=row)
+            case "bare pass":
+                for tracked in (asked, unasked):
+                    step(tracked, now_s, rows=row)
+            case "end" if live:
+                for tracked, one in zip((asked, unasked), live.pop(row - 1), strict=True):
+                    tracked.ended(one)
+            case _:
+                for tracked in (asked, unasked):
+                    tracked.observe(now_s)
+        asked.view  # noqa: B018  # that it is asked is the point
+    assert asdict(asked.view) == asdict(unasked.view)

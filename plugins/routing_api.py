@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from trtserve.plugins.api import BlockHash, EngineInfo, Request, RequestId, Role, WorkerId, WorkerLoad
+from trtserve.plugins.api import EngineInfo, Request, RequestId, Role, WorkerId, WorkerLoad
 
 LONG_AGO_S = -1e9
 """Before any time that a monotonic clock gives, and a number in JSON."""
@@ -32,7 +32,7 @@ class Curve:
     high: float
 
     def at(self, x: float) -> float:
-        inside = min(max(x, self.low), self.high)
+        inside = self.low if x < self.low else self.high if x > self.high else x
         value = (self.quadratic * inside + self.linear) * inside + self.constant
         return value if x <= self.high else value * x / self.high
 
@@ -98,7 +98,7 @@ class WorkerView:
         return self.info.num_blocks * self.info.block_size
 
 
-def _no_overlaps(block_hashes: Sequence[BlockHash]) -> Mapping[int, int]:
+def _no_overlaps() -> Mapping[int, int]:
     return {}
 
 
@@ -109,13 +109,10 @@ class HeldRequest:
     request: Request
     role: Role
     held_since_s: float
-    find_overlaps: Callable[[Sequence[BlockHash]], Mapping[int, int]] = _no_overlaps
+    overlaps: Callable[[], Mapping[int, int]] = _no_overlaps
+    """By slot, for workers that have any: how many leading blocks of the prompt are stored there, or will be for a
+    request already sent there. Looks into the prefix index, so policies without `uses_prefixes` don't ask."""
     moves_kv: bool = False  # its prompt's KV comes from another worker: blocks that are lacking need not be computed
-
-    def overlaps(self) -> Mapping[int, int]:
-        """By slot, for workers that have any: how many leading blocks of the prompt are stored there, or will be for
-        a request already sent there. Looks into the prefix index, so policies without `uses_prefixes` don't ask."""
-        return self.find_overlaps(self.request.block_hashes)
 
 
 @dataclass(frozen=True, slots=True)

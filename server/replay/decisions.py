@@ -98,7 +98,7 @@ def _ask(record: DecisionRecord, policy: RoutingPolicy, comparison: Comparison) 
 def _held(one: HeldRecord, record: DecisionRecord) -> HeldRequest:
     prompt = array("i", bytes(4 * one.prompt_tokens))
     request = Request(one.id, prompt, SamplingParams(one.max_tokens))
-    return HeldRequest(request, record.role, one.held_since_s, lambda hashes: one.overlaps)
+    return HeldRequest(request, record.role, one.held_since_s, lambda: one.overlaps)
 
 
 def _records(path: Path) -> Iterator[DecisionRecord]:

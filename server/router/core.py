@@ -25,7 +25,7 @@ from trtserve.plugins.routing_api import (
     WorkerView,
 )
 from trtserve.server.router.feed import Change, EventFeed, RoutedBlocks
-from trtserve.server.router.index import PrefixIndex, Reservation
+from trtserve.server.router.index import Overlaps, PrefixIndex, Reservation
 from trtserve.server.router.speeds import PassTimeModel
 from trtserve.server.router.traffic import EvictionAge, Traffic
 from trtserve.server.router.worker_load import Booked, TrackedLoad
@@ -38,9 +38,11 @@ WINDOW = 256
 _MOST_RESERVED = 1024
 """Leading blocks of a prompt that are reserved: it takes a third of a microsecond each, on the event loop."""
 
+_S_PER_HELD = 60e-6
 _S_PER_PAIR = 20e-6
-"""A policy that holds requests back is not asked anew before this time for each pair of held request and worker that it
-weighed has passed: about ten times what weighing costs, so that planning takes a tenth of the time at most."""
+"""A policy that holds requests back is not asked anew before this time for each held request, and for each pair of held
+request and worker, that it weighed has passed: about ten times what weighing costs, so that planning takes a tenth of
+the time at most."""
 
 _LONGEST_REST_S = 0.01
 """A longer one would leave workers idle."""
@@ -132,7 +134,7 @@ class RoutingCore:
         self._resync = resync
         self._pass_times: dict[Role, PassTimeModel] = {}
         # A request may be held for two roles at once, while its prefill is tried again.
-        self._held: OrderedDict[tuple[Role, RequestId], HeldRequest] = OrderedDict()
+        self._held: dict[Role, OrderedDict[RequestId, HeldRequest]] = {role: OrderedDict() for role in Role}
         self.held_tokens = 0
         self._again_at_s: dict[Role, float | None] = {}
         self._rest_until_s: dict[Role, float] = {}
@@ -203,16 +205,17 @@ class RoutingCore:
 
     @property
     def num_held(self) -> int:
-        return len(self._held)
+        return sum(map(len, self._held.values()))
 
     def hold(self, request: Request, role: Role, now_s: float, moves_kv: bool = False) -> None:
         """Put a request at the end of the queue. moves_kv: the KV of its prompt comes from another worker."""
-        self._held[role, request.id] = HeldRequest(request, role, now_s, self.index.overlaps, moves_kv)
+        overlaps = Overlaps(self.index, request.block_hashes)
+        self._held[role][request.id] = HeldRequest(request, role, now_s, overlaps, moves_kv)
         self.held_tokens += len(request.prompt)
 
     def let_go(self, request_id: RequestId, role: Role) -> None:
         """Take a request out of the queue of a role; nothing happens if it is not there."""
-        held = self._held.pop((role, request_id), None)
+        held = self._held[role].pop(request_id, None)
         if held is not None:
             self.held_tokens -= len(held.request.prompt)
 
@@ -234,7 +237,7 @@ class RoutingCore:
 
     def again_at_s(self, role: Role) -> float | None:
         """When to plan again if nothing happens before; None: only when something happens, or nobody is held."""
-        return self._again_at_s.get(role) if self._held else None
+        return self._again_at_s.get(role) if self._held[role] else None
 
     def plan(self, role: Role, now_s: float) -> list[Booking]:
         """Ask the policy who goes where now, and book it. Raises what the policy raises, and ValueError for a plan that
@@ -242,7 +245,7 @@ class RoutingCore:
         bookings: list[Booking] = []
         self._again_at_s[role] = None
         # Once more where the policy saw a full window and found room for some of it: there may be more of both.
-        while self._held:
+        while self._held[role]:
             try:
                 if not self._plan_window(role, now_s, bookings):
                     break
@@ -330,16 +333,14 @@ class RoutingCore:
         workers = self.of_role(role)
         if not any(worker.counts.free_slots > 0 for worker in workers):
             return False
-        held = list(islice((held for held in self._held.values() if held.role is role), WINDOW))
-        if not held:
-            return False
+        held = list(islice(self._held[role].values(), WINDOW))
         plan = self._ask(held, workers, now_s)
         _check(plan, held, workers)
         for assignment in plan.assignments:
             bookings.append(self._book(assignment, role, now_s))
         left = len(held) - len(plan.assignments)
         if left and plan.again_at_s is not None:
-            rest_until_s = now_s + min(_LONGEST_REST_S, left * len(workers) * _S_PER_PAIR)
+            rest_until_s = now_s + min(_LONGEST_REST_S, left * (_S_PER_HELD + len(workers) * _S_PER_PAIR))
             self._rest_until_s[role] = rest_until_s
             self._again_at_s[role] = max(plan.again_at_s, rest_until_s)
         return bool(plan.assignments) and len(held) == WINDOW
@@ -360,7 +361,7 @@ class RoutingCore:
 
     def _book(self, assignment: Assignment, role: Role, now_s: float) -> Booking:
         worker = self.workers[assignment.worker_id]
-        held = self._held[role, assignment.request_id]
+        held = self._held[role][assignment.request_id]
         request, view = held.request, worker.counts
         hashes, size = request.block_hashes if view.info.caches_prefixes else (), view.info.block_size
         overlap = held.overlaps().get(view.slot, 0) if hashes else 0

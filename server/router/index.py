@@ -11,7 +11,7 @@ rather than a set, which takes up to twice the memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, KeysView, Sequence
+from collections.abc import Iterable, KeysView, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import compress, count
 from typing import TypeAlias
@@ -22,6 +22,8 @@ _SHARD_BITS = _NUM_SHARDS - 1
 _WALK = 8  # in a range this short, looking at every block is cheaper than bisection
 
 _AS_FLAGS = bytes.maketrans(b"01", b"\x00\x01")
+
+_NEVER = -1
 
 Generation: TypeAlias = tuple[int, int]
 """(serial of the first reservation, number of reservations) of a block since it was last stored."""
@@ -63,6 +65,8 @@ class PrefixIndex:
         self._shards: tuple[dict[int, int], ...] = tuple({} for _ in range(_NUM_SHARDS))
         self._workers: dict[int, _Worker] = {}  # by slot
         self._serial = 0
+        self.changes = 0
+        """Grows whenever an answer of `overlaps` could have changed."""
 
     def __len__(self) -> int:
         """How many distinct blocks are stored or reserved anywhere."""
@@ -195,10 +199,10 @@ class PrefixIndex:
         there as well. Where a worker has a hole all the same, its answer *n* may lie behind it; block *n - 1* is there
         and block *n* is not, in any case.
         """
-        at_first = self._holders(hashes[0]) if hashes else 0
+        at_first = self.holders(hashes[0]) if hashes else 0
         if not at_first:
             return {}
-        at_last = at_first & self._holders(hashes[-1])
+        at_last = at_first & self.holders(hashes[-1])
         depths: dict[int, int] = {}
         _add(depths, at_last, len(hashes))
         # (low, high, workers that hold block low, those of them that hold block high)
@@ -211,7 +215,7 @@ class PrefixIndex:
                 self._walk(hashes, low, high, at_low, at_high, depths)
                 continue
             middle = (low + high) // 2
-            at_middle = at_low & (self._holders(hashes[middle]) | at_high)
+            at_middle = at_low & (self.holders(hashes[middle]) | at_high)
             ranges.append((low, middle, at_low, at_middle))
             ranges.append((middle, high, at_middle, at_high))
         return depths
@@ -231,11 +235,13 @@ class PrefixIndex:
                     return
         _add(depths, at_low ^ at_high, high)
 
-    def _holders(self, block: int) -> int:
+    def holders(self, block: int) -> int:
+        """A mask with a bit for the slot of each worker that has the block, or soon will."""
         return self._shards[block & _SHARD_BITS].get(block, 0)
 
     def _show(self, bit: int, blocks: Iterable[int]) -> None:
         shards = self._shards
+        self.changes += 1
         before: int | None = None
         after = bit
         for block in blocks:
@@ -252,6 +258,7 @@ class PrefixIndex:
     def _hide(self, bit: int, blocks: Iterable[int]) -> None:
         """All of `blocks` are shown."""
         shards = self._shards
+        self.changes += 1
         before = after = 0
         for block in blocks:
             shard = shards[block & _SHARD_BITS]
@@ -262,6 +269,54 @@ class PrefixIndex:
                 if mask is not before:
                     before, after = mask, mask ^ bit
                 shard[block] = after
+
+
+class Overlaps:
+    """`PrefixIndex.overlaps` of one prompt, for who asks again and again while others change the index.
+
+    An answer stays true as long as the last block that each worker has is there and the next one is not: two looks,
+    where finding the depth takes a dozen.
+    """
+
+    __slots__ = ("_changes", "_depths", "_ends", "_hashes", "_holders", "_index")
+
+    def __init__(self, index: PrefixIndex, hashes: Sequence[int]) -> None:
+        """hashes: of the prompt's full blocks, in order; kept."""
+        self._index = index
+        self._hashes = hashes
+        self._changes = _NEVER
+        self._depths: Mapping[int, int] = {}
+        self._holders = 0  # of the first block
+        self._ends: list[tuple[int, int]] = []  # (depth, workers that have so many blocks and no more)
+
+    def __call__(self) -> Mapping[int, int]:
+        index = self._index
+        if self._changes != index.changes:
+            if self._changes == _NEVER or not self._is_still_true():
+                self._find()
+            self._changes = index.changes
+        return self._depths
+
+    def _is_still_true(self) -> bool:
+        holders, hashes = self._index.holders, self._hashes
+        if not hashes:
+            return True
+        if holders(hashes[0]) != self._holders:
+            return False
+        for depth, workers in self._ends:
+            if depth > 1 and workers & ~holders(hashes[depth - 1]):
+                return False
+            if depth < len(hashes) and workers & holders(hashes[depth]):
+                return False
+        return True
+
+    def _find(self) -> None:
+        depths = self._index.overlaps(self._hashes)
+        ends: dict[int, int] = {}
+        for slot, depth in depths.items():
+            ends[depth] = ends.get(depth, 0) | 1 << slot
+        self._depths, self._ends = depths, list(ends.items())
+        self._holders = sum(ends.values())
 
 
 def _add(depths: dict[int, int], workers: int, depth: int) -> None:

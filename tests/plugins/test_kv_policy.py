@@ -35,7 +35,7 @@ def worker(slot, **fields):
 
 def held(number, tokens, overlaps=None, since_s=9.99):
     request = Request(RequestId(number), array("i", [1]) * tokens, SamplingParams(50))
-    return HeldRequest(request, Role.AGG, since_s, lambda hashes: overlaps or {})
+    return HeldRequest(request, Role.AGG, since_s, lambda: overlaps or {})
 
 
 def assign(policy, waiting, workers, now_s=10.0):
@@ -150,7 +150,7 @@ def test_the_first_in_order_is_not_passed_by_for_ever_where_kv_space_is_short():
 def test_nothing_is_planned_while_nobody_can_begin():
     asked = []
 
-    def find(hashes):
+    def find():
         asked.append(1)
         return {}
 
@@ -217,7 +217,7 @@ def test_with_many_workers_fewer_requests_are_planned_at_once():
 
     def waiting(number):
         request = Request(RequestId(number), array("i", [1]) * 100, SamplingParams(50))
-        return HeldRequest(request, Role.AGG, 9.9, lambda hashes: asked.append(number) or {})
+        return HeldRequest(request, Role.AGG, 9.9, lambda: asked.append(number) or {})
 
     assign(late(), [waiting(number) for number in range(200)], [worker(slot) for slot in range(64)])
     assert len(asked) == 512 // 64

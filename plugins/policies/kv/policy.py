@@ -40,6 +40,8 @@ class _Candidate:
 
     waiting: HeldRequest
     overlaps: Mapping[int, int]
+    passes: PassCosts  # of workers such as `least` is for
+    most: int  # leading blocks that any worker has
     least: PlannedPrompt  # on the worker that has most of it
     due_s: float  # until then it waits for others of its moment
     rank_ms: float  # the least are served first
@@ -124,10 +126,8 @@ class KVPolicy:
         window = self._window(len(state.workers))
         if len(held) > window:
             # As if nothing were cached anywhere, which costs no look into the index.
-            ranked = sorted(
-                held, key=lambda one: self._rank_ms(one, passes.of(len(one.request.prompt))[0], state.now_s)
-            )
-            held = ranked[:window]
+            ranks = [self._rank_ms(one, passes.of(len(one.request.prompt))[0], state.now_s) for one in held]
+            held = [held[place] for place in sorted(range(len(held)), key=ranks.__getitem__)[:window]]
         candidates = [self._candidate(waiting, passes, state) for waiting in held]
         if len(candidates) > 1:
             candidates.sort(key=lambda candidate: (candidate.rank_ms, candidate.waiting.request.id))
@@ -138,11 +138,12 @@ class KVPolicy:
 
     def _candidate(self, waiting: HeldRequest, passes: PassCosts, state: RoutingState) -> _Candidate:
         overlaps, length, options = waiting.overlaps(), len(waiting.request.prompt), self._options
-        most = max(overlaps.values(), default=0)
+        most = max(overlaps.values()) if overlaps else 0
         least = passes.prompt(length, most, state.estimates.output_tokens, waiting.moves_kv)
         patience_ms = min(options.gather_ms, options.gather_share * least.prefill_ms)
         due_s = waiting.held_since_s + (patience_ms / 1000 if patience_ms >= _LEAST_PATIENCE_MS else 0.0)
-        return _Candidate(waiting, overlaps, least, due_s, self._rank_ms(waiting, least.prefill_ms, state.now_s), least)
+        rank_ms = self._rank_ms(waiting, least.prefill_ms, state.now_s)
+        return _Candidate(waiting, overlaps, passes, most, least, due_s, rank_ms, least)
 
     def _rank_ms(self, waiting: HeldRequest, prefill_ms: float, now_s: float) -> float:
         return prefill_ms - self._options.age_weight * (now_s - waiting.held_since_s) * 1000
@@ -168,16 +169,16 @@ class KVPolicy:
         """The place of its worker; notes what it is and costs there."""
         overlaps, others = candidate.overlaps, self._options.others_weight
         length, moves_kv = candidate.least.length, candidate.waiting.moves_kv
-        nowhere: PlannedPrompt | None = None  # as it is where nothing of it is cached, on workers like the last one
-        known: PassCosts | None = None
+        # By overlap, on workers like the last one.
+        known, prompts = candidate.passes, {candidate.most: candidate.least}
         best, best_ms = 0, float("inf")
         for place, worker in enumerate(workers):
-            passes = worker.passes
-            if passes is not known:
-                known, nowhere = passes, passes.prompt(length, 0, output_tokens, moves_kv)
-            assert nowhere is not None
-            overlap = overlaps.get(worker.view.slot) if overlaps else None
-            prompt = passes.prompt(length, overlap, output_tokens, moves_kv) if overlap else nowhere
+            if worker.passes is not known:
+                known, prompts = worker.passes, {}
+            overlap = overlaps.get(worker.view.slot, 0) if overlaps else 0
+            prompt = prompts.get(overlap)
+            if prompt is None:
+                prompt = prompts[overlap] = known.prompt(length, overlap, output_tokens, moves_kv)
             total_ms = worker.cost_ms(prompt, others)
             if total_ms < best_ms:
                 best, best_ms, candidate.prompt = place, total_ms, prompt

@@ -36,7 +36,7 @@ def log(tmp_path):
     with DecisionLog(path, "kv") as recorder:
         for number in (1, 2, 3):
             request = Request(RequestId(number), array("i", [1]) * 200, SamplingParams(10))
-            held = HeldRequest(request, Role.AGG, 10.0, lambda hashes: {0: 5})
+            held = HeldRequest(request, Role.AGG, 10.0, lambda: {0: 5})
             plan = Plan([Assignment(request.id, WorkerId("a"))])
             recorder.record([held], RoutingState(10.0 + number, views, Estimates(100.0, 0.5, 60.0)), plan)
     return path

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
 
-from trtserve.server.router.index import PrefixIndex, TooManyBlocks
+from trtserve.server.router.index import Overlaps, PrefixIndex, TooManyBlocks
 
 NUM_BLOCKS = 10
 BLOCKS = st.integers(0, 15).map(lambda number: number * 0x9E3779B97F4A7C15 % 2**64)
@@ -35,6 +35,7 @@ class Worker:
 
 class IndexMachine(RuleBasedStateMachine):
     reservations = Bundle("reservations")
+    followed = Bundle("followed")
 
     @initialize()
     def start(self):
@@ -132,7 +133,19 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(chain=CHAINS)
     def overlaps(self, chain):
-        found = self.index.overlaps(chain)
+        self.is_true(chain, self.index.overlaps(chain))
+
+    @rule(target=followed, chain=CHAINS)
+    def follow(self, chain):
+        return chain, Overlaps(self.index, chain)
+
+    @rule(chain_and_overlaps=followed)
+    def ask_again(self, chain_and_overlaps):
+        chain, overlaps = chain_and_overlaps
+        self.is_true(chain, overlaps())
+        assert overlaps() is overlaps()  # nothing has changed
+
+    def is_true(self, chain, found):
         assert set(found) == {slot for slot, worker in self.workers.items() if chain and chain[0] in worker.visible}
         for slot, depth in found.items():
             visible = self.workers[slot].visible

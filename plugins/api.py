@@ -226,11 +226,29 @@ class EngineConfig:
     num_blocks: int | None = None  # KV blocks; None: from kv_cache_gib
     kv_cache_gib: float | None = None  # None: the engine's default
     max_num_seqs: int = 64  # sequences running at once
-    max_num_tokens: int = 512  # tokens in one pass, decodes included
+    max_num_tokens: int | None = None  # tokens in one pass, decodes included; None: the engine's own default
     max_seq_len: int | None = None  # prompt + output; None: the model's own limit, bounded by the KV cache
     enable_prefix_caching: bool = True
     seed: int = 0
+    transfer: str = "auto"  # how an engine that moves KV itself is to do it: auto, or a name that it knows
     options: Mapping[str, Any] = field(default_factory=dict)  # checked by the engine's own options model
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePlan:
+    """What an engine will need and be given, told before any worker starts (hook `plan_engine`)."""
+
+    num_gpus: int  # of one worker; it sees these and no others
+    environment: Mapping[str, str] = field(default_factory=dict)  # of the worker's process, over what it would inherit
+    unset: tuple[str, ...] = ()  # variables that the process must not inherit
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # for people: what the engine's library is given
+    notes: tuple[str, ...] = ()  # for people: what someone should know
+    moves_kv: bool = False  # the engine moves KV itself; no transfer of ours is needed
+    by_hand: str = ""  # why the server cannot start such a worker, and how it is started; empty: it can
+
+
+class PlanRefused(Exception):
+    """An engine cannot run as it is configured; the text has a line for each problem."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,15 +8,19 @@ returns None for names that are not its own. Heavy libraries are imported inside
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pluggy
 from pydantic import BaseModel
 
 from trtserve.plugins.api import (
     Engine,
     EngineConfig,
+    EnginePlan,
     Launcher,
     Mode,
     ModeConfig,
+    Role,
 )
 from trtserve.plugins.routing_api import PolicyConfig, RoutingPolicy
 from trtserve.plugins.transfer_api import KVTransfer
@@ -30,6 +34,18 @@ hookimpl = pluggy.HookimplMarker(GROUP)
 @hookspec(firstresult=True)
 def make_engine(name: str, config: EngineConfig) -> Engine | None:
     """An engine, not yet started; called in the worker process only. config.options has passed `options_model`."""
+
+
+@hookspec(firstresult=True)
+def plan_engine(name: str, config: EngineConfig) -> EnginePlan | None:
+    """What workers with this engine need, for engines that choose their own GPUs; called in the server process before
+    anything starts, and in workers started by hand. config.model_path may be a hub id here. Pure but for files that the
+    options name. Raises PlanRefused. Engines without it run on the device of their configuration."""
+
+
+@hookspec(firstresult=True)
+def check_plans(name: str, plans: Mapping[Role, EnginePlan]) -> list[str] | None:
+    """What does not go together in the plans of roles that hand KV to each other: a sentence for each."""
 
 
 @hookspec(firstresult=True)

@@ -14,9 +14,12 @@ from trtserve.plugins import hooks
 from trtserve.plugins.api import (
     Engine,
     EngineConfig,
+    EnginePlan,
     Launcher,
     Mode,
     ModeConfig,
+    PlanRefused,
+    Role,
 )
 from trtserve.plugins.routing_api import PolicyConfig, RoutingPolicy
 from trtserve.plugins.transfer_api import KVTransfer
@@ -24,11 +27,6 @@ from trtserve.plugins.transfer_api import KVTransfer
 _Made = TypeVar("_Made")
 
 KINDS = ("mode", "engine", "policy", "transfer", "launcher")
-
-PLANNED = {
-    "engine.tensorrt_llm": "the TensorRT-LLM engine",
-}
-"""Names that the documentation promises and this version does not have yet."""
 
 
 class PluginError(Exception):
@@ -68,10 +66,18 @@ class PluginManager:
 
     def problem(self, kind: str, name: str) -> str | None:
         """Why the plugin cannot be used here, in one line; None if it can."""
+        return self.load_problem(kind, name) or self.missing(kind, name)
+
+    def load_problem(self, kind: str, name: str) -> str | None:
+        """Why there is no such plugin, or why it cannot be loaded; None if it can."""
         try:
             self._load(kind, name)
         except PluginError as error:
             return str(error)
+        return None
+
+    def missing(self, kind: str, name: str) -> str | None:
+        """What a plugin that can be loaded lacks on this machine; None if nothing."""
         missing: str | None = self._manager.hook.missing(kind=kind, name=name)
         return missing
 
@@ -79,6 +85,24 @@ class PluginManager:
         self.require("engine", name)
         engine: Engine | None = self._manager.hook.make_engine(name=name, config=config)
         return _made(engine, "engine", name)
+
+    def plan_engine(self, name: str, config: EngineConfig) -> EnginePlan | None:
+        """None for an engine that has no plans. Raises PluginError naming every problem. The engine's libraries need
+        not be there."""
+        self._load("engine", name)
+        try:
+            plan: EnginePlan | None = self._manager.hook.plan_engine(name=name, config=config)
+        except PlanRefused as error:
+            lines = "\n".join(f"  {line}" for line in str(error).splitlines())
+            raise PluginError(f"engine {name} cannot run as {config.role}:\n{lines}") from None
+        return plan
+
+    def check_plans(self, name: str, plans: Mapping[Role, EnginePlan]) -> None:
+        """Raises PluginError naming all that does not go together."""
+        problems: list[str] = self._manager.hook.check_plans(name=name, plans=plans) or []
+        if problems:
+            lines = "\n".join(f"  {problem}" for problem in problems)
+            raise PluginError(f"the {' and '.join(plans)} workers of engine {name} do not go together:\n{lines}")
 
     def make_mode(self, name: str, config: ModeConfig) -> Mode:
         self.require("mode", name)
@@ -101,8 +125,9 @@ class PluginManager:
         return _made(launcher, "launcher", name)
 
     def check_options(self, kind: str, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The options with defaults filled in and values converted. Raises PluginError naming every bad one."""
-        self.require(kind, name)
+        """The options with defaults filled in and values converted. Raises PluginError naming every bad one. What the
+        plugin needs to run need not be there."""
+        self._load(kind, name)
         model: type[BaseModel] | None = self._manager.hook.options_model(kind=kind, name=name)
         if model is None:
             if options:
@@ -141,9 +166,6 @@ class PluginManager:
 
     def _unknown(self, kind: str, name: str) -> str:
         there = ", ".join(self.names(kind)) or "none"
-        planned = PLANNED.get(f"{kind}.{name}")
-        if planned is not None:
-            return f"{kind} {name} is not available: {planned} is not part of this version; there are: {there}"
         return f"there is no {kind} {name!r}; there are: {there}"
 
 

@@ -124,7 +124,13 @@ class Server:
 
     async def _serve(self, endpoint: str, runtime_dir: Path) -> ExitCode:
         commands = WorkerCommands(
-            self._settings, self._folder.path, runtime_dir, endpoint, self._token, self._plan.workers
+            self._settings,
+            self._folder.path,
+            runtime_dir,
+            endpoint,
+            self._token,
+            self._plan.workers,
+            self._plan.engines,
         )
         supervisor = Supervisor(
             self._launcher,

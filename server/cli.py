@@ -1,4 +1,5 @@
-"""`trtserve [serve] [MODEL] …`, `worker …`, `replay TRACE …`, `plugins`: flags to settings, settings to a run."""
+"""`trtserve [serve] [MODEL] …`, `worker …`, `replay TRACE …`, `plugins`, `profiles`: flags to settings, settings to a
+run."""
 
 from __future__ import annotations
 
@@ -10,10 +11,11 @@ from pathlib import Path
 
 from trtserve.plugins.manager import PluginError, PluginManager
 from trtserve.server.exit_codes import ExitCode
+from trtserve.settings.catalog import profiles
 from trtserve.settings.load import SettingsError, load_settings
 from trtserve.settings.schema import Settings, WorkerSettings
 
-_COMMANDS = ("serve", "worker", "replay", "plugins", "version")
+_COMMANDS = ("serve", "worker", "replay", "plugins", "profiles", "version")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 return replay(given)
             case "plugins":
                 return _plugins()
+            case "profiles":
+                return _profiles()
             case "version":
                 print(version("trtserve"))
                 return ExitCode.OK
@@ -98,6 +102,12 @@ def _worker(arguments: list[str]) -> int:
 def _plugins() -> int:
     for status in PluginManager().statuses():
         print(f"{status.kind:9} {status.name:16} {status.package:20} {status.problem or 'ok'}")
+    return ExitCode.OK
+
+
+def _profiles() -> int:
+    for profile in profiles():
+        print(f"{profile.name:33} {profile.summary}")
     return ExitCode.OK
 
 

@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, PydanticBaseSettingsSource
 
+from trtserve.settings.catalog import find_profile, nearest_names
 from trtserve.settings.schema import Settings, WorkerSettings
 
 ALIASES = {
@@ -24,6 +25,18 @@ ALIASES = {
     "backend": "engine",
 }
 """Other servers' names for the same things, so that a command line can be pasted."""
+
+OPTION_ALIASES = {
+    "extra-llm-api-options": "extra_llm_api_options",
+    "tensor-parallel-size": "tensor_parallel_size",
+    "tp-size": "tensor_parallel_size",
+    "pipeline-parallel-size": "pipeline_parallel_size",
+    "pp-size": "pipeline_parallel_size",
+    "ep-size": "moe_expert_parallel_size",
+    "kv-cache-free-gpu-memory-fraction": "kv_cache_free_gpu_memory_fraction",
+    "free-gpu-memory-fraction": "kv_cache_free_gpu_memory_fraction",
+}
+"""Flags of trtllm-serve that are engine options here: `--tp-size 4` is `--engine-options tensor_parallel_size=4`."""
 
 PREFIX = "TRTSERVE_"
 
@@ -44,7 +57,7 @@ def load_settings(model: type[AnySettings], arguments: Sequence[str]) -> AnySett
     """
     flags, config_path = _take_config(normalise(arguments))
     config_path = config_path or os.environ.get("TRTSERVE_CONFIG")
-    from_file = read_yaml(Path(config_path)) if config_path else {}
+    from_file = read_config(config_path) if config_path else {}
     layered = _with_sources(model, flags, from_file)
     unknown = _unknown_variables()
     try:
@@ -90,15 +103,20 @@ def _heading(lines: list[str]) -> list[str]:
 def normalise(arguments: Sequence[str]) -> list[str]:
     """`--Served_Model-name=x` → `--served-model-name=x`, aliases resolved, secrets refused."""
     flags: list[str] = []
-    for position, argument in enumerate(arguments):
+    pending = iter(arguments)
+    for argument in pending:
         if argument == "--":
-            return [*flags, *arguments[position:]]
+            return [*flags, argument, *pending]
         if not argument.startswith("--"):
             flags.append(argument)
             continue
         name, equals, value = argument[2:].partition("=")
         name = name.replace("_", "-")
         name = ALIASES.get(name, name)
+        if name in OPTION_ALIASES:
+            value = value if equals else next(pending, "")
+            flags.append(f"--engine-options={OPTION_ALIASES[name]}={value}")
+            continue
         if name in SECRETS:
             variable = "TRTSERVE_" + name.replace("-", "_").upper()
             raise SettingsError(f"--{name}: secrets do not belong on a command line; use --{name}-file or {variable}")
@@ -114,7 +132,7 @@ def _take_config(flags: list[str]) -> tuple[list[str], str | None]:
         if flag == "--config":
             path = next(pending, None)
             if path is None:
-                raise SettingsError("--config: needs the path of a YAML file")
+                raise SettingsError("--config: needs the path of a YAML file, or a profile's name")
         elif flag.startswith("--config="):
             path = flag.removeprefix("--config=")
         else:
@@ -122,12 +140,15 @@ def _take_config(flags: list[str]) -> tuple[list[str], str | None]:
     return rest, path
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping with the flags' names as keys. Raises SettingsError."""
+def read_config(path: str) -> dict[str, Any]:
+    """A YAML file's mapping, or a shipped profile's where there is no such file, with the flags' names as keys. Raises
+    SettingsError."""
+    profile = None if Path(path).is_file() else find_profile(path)
     try:
-        content = yaml.safe_load(path.read_text())
+        content = yaml.safe_load(Path(path).read_text() if profile is None else profile.text)
     except OSError as error:
-        raise SettingsError(f"--config {path}: {error.strerror}") from error
+        meant = f", and no profile; `trtserve profiles` lists them{_or_meant(path)}"
+        raise SettingsError(f"--config {path}: {error.strerror}{meant}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"--config {path}: not YAML: {error}") from error
     if content is None:
@@ -141,6 +162,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
             raise SettingsError(f"--config {path}: {key} sets {name.replace('_', '-')}, which it has set before")
         settings[name] = value
     return settings
+
+
+def _or_meant(name: str) -> str:
+    names = nearest_names(name)
+    return f" (perhaps {', '.join(names)})" if names else ""
 
 
 def _field_name(key: str) -> str:

@@ -52,6 +52,27 @@ class PinnedEstimates(BaseModel):
         return self
 
 
+class RoleSettings(BaseModel):
+    """What the engines of one role have otherwise than the settings of the same names say; None: as those."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] | None = None
+    num_blocks: int | None = Field(default=None, ge=1, le=2**31 - 1)
+    kv_cache_gib: float | None = Field(default=None, gt=0, le=4096)
+    max_num_seqs: int | None = Field(default=None, ge=1, le=65_536)
+    max_num_tokens: int | None = Field(default=None, ge=1, le=1_048_576)
+    max_seq_len: int | None = Field(default=None, ge=2, le=16_777_216)
+    enable_prefix_caching: bool | None = None
+    engine_options: dict[str, Any] = Field(default_factory=dict, description="on top of engine_options, name=value")
+
+    @model_validator(mode="after")
+    def _one_block_source(self) -> RoleSettings:
+        if self.num_blocks is not None and self.kv_cache_gib is not None:
+            raise ValueError("num_blocks and kv_cache_gib both say how large the KV cache is; give one of them")
+        return self
+
+
 class Settings(BaseSettings):
     """The whole deployment: what is served, by which workers, and how."""
 
@@ -111,11 +132,22 @@ class Settings(BaseSettings):
     num_blocks: int | None = Field(None, ge=1, le=2**31 - 1, description="KV blocks of a worker")
     kv_cache_gib: float | None = Field(None, gt=0, le=4096, description="KV memory of a worker, GiB")
     max_num_seqs: int = Field(256, ge=1, le=65_536, description="sequences that a worker runs at once")
-    max_num_tokens: int = Field(512, ge=1, le=1_048_576, description="tokens in one pass of a worker")
+    max_num_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=1_048_576,
+        description="tokens in one pass of a worker; default: the engine's (torch and sim: 512)",
+    )
     max_seq_len: int | None = Field(None, ge=2, le=16_777_216, description="prompt and output tokens of one sequence")
     enable_prefix_caching: bool = Field(True, description="reuse the KV of equal prompt beginnings")
     seed: int = Field(0, ge=0, le=2**63 - 1, description="of engines and policies where a request gives none")
     engine_options: dict[str, Any] = Field({}, description="the engine's own options, name=value")
+    prefill: RoleSettings = Field(
+        default_factory=RoleSettings, description="what engines of prefill workers have otherwise"
+    )
+    decode: RoleSettings = Field(
+        default_factory=RoleSettings, description="what engines of decode workers have otherwise"
+    )
 
     # Routing
     router_options: dict[str, Any] = Field({}, description="the routing policy's own options, name=value")
@@ -192,5 +224,8 @@ class WorkerSettings(Settings):
     connect: str = Field(pattern=r"^(ipc|tcp)://", description="ZeroMQ address of the server")
     worker_id: str = Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.-]{0,63}$", description="its name, such as agg-0")
     role: Literal["agg", "prefill", "decode"] = Field("agg", description="what it does for requests")
+    engine_role: Literal["agg", "prefill", "decode"] | None = Field(
+        None, description="the role that its engine is made for; default: its role"
+    )
     parent_pid: int | None = Field(None, ge=1, description="end when this process, its parent, ends")
     connect_timeout: Seconds = Field(60, description="seconds to wait for the server's answer")

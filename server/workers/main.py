@@ -8,10 +8,11 @@ import signal
 from importlib.metadata import version
 from pathlib import Path
 
-from trtserve.plugins.api import Engine, EngineConfig, Role, WorkerId
+from trtserve.plugins.api import Engine, EnginePlan, Role, WorkerId
 from trtserve.plugins.fingerprint import model_fingerprint, tokenizer_fingerprint
 from trtserve.plugins.manager import PluginManager
 from trtserve.server.workers import wire
+from trtserve.server.workers.engine_config import engine_config
 from trtserve.server.workers.kv_setup import exchange_options
 from trtserve.server.workers.orphan import die_with_parent
 from trtserve.server.workers.token import worker_token
@@ -24,9 +25,10 @@ def run_worker(settings: WorkerSettings) -> int:
     if settings.parent_pid is not None:
         die_with_parent(settings.parent_pid)
     manager = PluginManager()
-    options = manager.check_options("engine", settings.engine, settings.engine_options)
     model_path = _model_path(settings)
-    config = engine_config(settings, model_path, options)
+    config = engine_config(settings, settings.engine_role or settings.role, str(model_path), manager)
+    if settings.parent_pid is None:
+        _plan_by_hand(manager.plan_engine(settings.engine, config))
 
     def make_engine() -> Engine:
         return manager.make_engine(settings.engine, config)
@@ -39,23 +41,14 @@ def run_worker(settings: WorkerSettings) -> int:
     return worker.run()
 
 
-def engine_config(settings: WorkerSettings, model_path: Path, options: dict[str, object]) -> EngineConfig:
-    """The part of the settings that an engine is made of."""
-    return EngineConfig(
-        model_path=str(model_path),
-        role=Role(settings.role),
-        dtype=settings.dtype,
-        device=settings.device,
-        block_size=settings.block_size,
-        num_blocks=settings.num_blocks,
-        kv_cache_gib=settings.kv_cache_gib,
-        max_num_seqs=settings.max_num_seqs,
-        max_num_tokens=settings.max_num_tokens,
-        max_seq_len=settings.max_seq_len,
-        enable_prefix_caching=settings.enable_prefix_caching,
-        seed=settings.seed,
-        options=options,
-    )
+def _plan_by_hand(plan: EnginePlan | None) -> None:
+    """A server gives the workers that it starts their environment; one that was started by hand has to see to it
+    itself, before the engine's libraries are loaded."""
+    if plan is None:
+        return
+    for name in plan.unset:
+        os.environ.pop(name, None)
+    os.environ.update(plan.environment)
 
 
 def _identity(settings: WorkerSettings, model_path: Path) -> WorkerIdentity:

@@ -62,10 +62,11 @@ def test_all_bad_settings_at_once(sim_model):
     assert "70000" in output
 
 
-def test_what_this_version_does_not_have(sim_model):
-    code, output = run_to_its_end(*sim_arguments(sim_model, "--engine", "tensorrt_llm"))
+@pytest.mark.skipif(PluginManager().problem("engine", "tensorrt_llm") is None, reason="TensorRT-LLM is there")
+def test_an_engine_that_is_not_installed(sim_model):
+    code, output = run_to_its_end(str(sim_model), "--engine", "tensorrt_llm")
     assert code == 2
-    assert "tensorrt_llm is not available" in output
+    assert "the tensorrt_llm engine needs tensorrt_llm where its workers run" in output
 
 
 @pytest.mark.skipif(PluginManager().problem("transfer", "cupy_ipc") is None, reason="CuPy and a GPU are there")

@@ -8,7 +8,7 @@ import pytest
 
 from trtserve.plugins.api import EngineConfig, ModeConfig, Role
 from trtserve.plugins.hooks import GROUP
-from trtserve.plugins.manager import KINDS, PLANNED, PluginError, PluginManager
+from trtserve.plugins.manager import KINDS, PluginError, PluginManager
 from trtserve.plugins.routing_api import PolicyConfig
 
 METADATA = "Metadata-Version: 2.1\nName: outsiders\nVersion: 1.0\n"
@@ -98,14 +98,11 @@ def test_an_unknown_name_tells_what_is_there():
         PluginManager().make_policy("fastest", PolicyConfig())
 
 
-@pytest.mark.parametrize("full_name", PLANNED)
-def test_what_is_planned_is_not_promised(full_name):
-    kind, _, name = full_name.partition(".")
-    manager = PluginManager()
-    if name in manager.names(kind):
-        pytest.skip("is there by now")
-    with pytest.raises(PluginError, match=f"{kind} {name} is not available: .* not part of this version; there are"):
-        manager.require(kind, name)
+def test_what_a_plugin_lacks_matters_where_it_is_made_and_not_where_it_is_planned(outsiders):
+    assert outsiders.load_problem("engine", "needy") is None
+    assert outsiders.check_options("engine", "needy", {}) == {}
+    assert outsiders.plan_engine("needy", EngineConfig("")) is None
+    assert outsiders.missing("engine", "needy") == "engine needy needs a GPU: buy one"
 
 
 def test_somebody_elses_plugin_is_like_ours(outsiders):

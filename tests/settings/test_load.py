@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trtserve.settings.load import ALIASES, SettingsError, normalise
+from trtserve.settings.load import ALIASES, OPTION_ALIASES, SettingsError, normalise
 from trtserve.settings.schema import Settings, WorkerSettings
 
 FIELDS = {
@@ -45,6 +45,13 @@ def test_model_is_the_one_positional_argument(load):
 @pytest.mark.parametrize(("alias", "name"), ALIASES.items())
 def test_names_of_other_servers_are_understood(alias, name):
     assert normalise([f"--{alias}=7"]) == normalise([f"--{alias.replace('-', '_')}=7"]) == [f"--{name}=7"]
+
+
+@pytest.mark.parametrize(("alias", "option"), OPTION_ALIASES.items())
+def test_flags_of_trtllm_serve_that_are_engine_options(alias, option):
+    spelt = f"--{alias.replace('-', '_')}"
+    wanted = [f"--engine-options={option}=4", "--port", "1"]
+    assert normalise([f"{spelt}=4", "--port", "1"]) == normalise([spelt, "4", "--port", "1"]) == wanted
 
 
 def test_aliases_hold_in_files_too(load):

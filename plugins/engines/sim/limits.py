@@ -10,6 +10,7 @@ from typing import Any
 from trtserve.plugins.api import EngineConfig
 
 DEFAULT_NUM_BLOCKS = 2048
+DEFAULT_MAX_NUM_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def scheduler_limits(config: EngineConfig, model: ModelSizes) -> SchedulerLimits
         "block_size": config.block_size,
         "num_blocks": num_blocks,
         "max_num_seqs": config.max_num_seqs,
-        "max_num_tokens": config.max_num_tokens,
+        "max_num_tokens": DEFAULT_MAX_NUM_TOKENS if config.max_num_tokens is None else config.max_num_tokens,
     }
     for name, value in sizes.items():
         if value < 1:

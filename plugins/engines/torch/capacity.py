@@ -10,6 +10,8 @@ from trtserve.plugins.api import EngineConfig, Role
 from trtserve.plugins.engines.torch.kv_store import KVStore
 from trtserve.plugins.engines.torch.model import Model
 
+DEFAULT_MAX_NUM_TOKENS = 512
+
 _GIB = 2**30
 _CPU_KV_CACHE_GIB = 1.0
 _CUDA_FREE_SHARE = 0.85  # of the memory left beside the weights; the rest is for activations
@@ -22,13 +24,16 @@ class Capacity:
     num_blocks: int
     max_seq_len: int  # tokens, prompt and output
     max_num_seqs: int
+    max_num_tokens: int  # in one pass
 
 
 def plan_capacity(config: EngineConfig, model: Model) -> Capacity:
     """Limits from the configuration, the model and free memory; raises ValueError where they contradict."""
-    for name in ("block_size", "max_num_seqs", "max_num_tokens"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)}: it must be at least 1")
+    max_num_tokens = DEFAULT_MAX_NUM_TOKENS if config.max_num_tokens is None else config.max_num_tokens
+    sizes = {"block_size": config.block_size, "max_num_seqs": config.max_num_seqs, "max_num_tokens": max_num_tokens}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} is {size}: it must be at least 1")
     num_blocks = config.num_blocks or _blocks_for_memory(config, model)
     room = num_blocks * config.block_size
     longest = min(model.max_position_embeddings, room)
@@ -38,7 +43,8 @@ def plan_capacity(config: EngineConfig, model: Model) -> Capacity:
             f"{model.max_position_embeddings} tokens and the KV cache {room}. Lower it, or give more KV blocks."
         )
     # every running sequence must get a token into each pass
-    return Capacity(num_blocks, config.max_seq_len or longest, min(config.max_num_seqs, config.max_num_tokens))
+    max_num_seqs = min(config.max_num_seqs, max_num_tokens)
+    return Capacity(num_blocks, config.max_seq_len or longest, max_num_seqs, max_num_tokens)
 
 
 def blocks_beside_rows(room: int, longest: int) -> int:

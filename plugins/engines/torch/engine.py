@@ -59,7 +59,7 @@ class TorchEngine:
             block_size=self._config.block_size,
             num_blocks=capacity.num_blocks,
             max_num_seqs=capacity.max_num_seqs,
-            max_num_tokens=self._config.max_num_tokens,
+            max_num_tokens=capacity.max_num_tokens,
             max_seq_len=capacity.max_seq_len,
             vocab_size=model.vocab_size,
             publishes_kv_events=self._config.enable_prefix_caching,
@@ -128,6 +128,6 @@ class TorchEngine:
         config = self._config
         store = KVStore(model.layers, capacity.num_blocks, config.block_size, model.dtype, model.device)
         cache = PrefixCache(capacity.num_blocks, config.block_size, config.enable_prefix_caching)
-        scheduler = Scheduler(cache, capacity.max_num_seqs, config.max_num_tokens)
+        scheduler = Scheduler(cache, capacity.max_num_seqs, capacity.max_num_tokens)
         sampler = Sampler(model.vocab_size, config.seed, model.device)
         return Generation(model, store, cache, scheduler, sampler, capacity.max_seq_len)

@@ -1,0 +1,29 @@
+"""From settings to what an engine is made of, the same in the server that plans it and in the worker that runs it."""
+
+from __future__ import annotations
+
+from trtserve.plugins.api import EngineConfig, Role
+from trtserve.plugins.manager import PluginManager
+from trtserve.settings.roles import for_role
+from trtserve.settings.schema import Settings
+
+
+def engine_config(settings: Settings, role: str, model_path: str, manager: PluginManager) -> EngineConfig:
+    """For an engine of this role. Raises PluginError naming every bad engine option."""
+    own = for_role(settings, role)
+    return EngineConfig(
+        model_path=model_path,
+        role=Role(role),
+        dtype=own.dtype,
+        device=own.device,
+        block_size=own.block_size,
+        num_blocks=own.num_blocks,
+        kv_cache_gib=own.kv_cache_gib,
+        max_num_seqs=own.max_num_seqs,
+        max_num_tokens=own.max_num_tokens,
+        max_seq_len=own.max_seq_len,
+        enable_prefix_caching=own.enable_prefix_caching,
+        seed=own.seed,
+        transfer=own.transfer,
+        options=manager.check_options("engine", own.engine, own.engine_options),
+    )

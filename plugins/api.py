@@ -105,6 +105,7 @@ class Request:
     arrival_s: float = 0.0  # monotonic clock of the server
     keeps_kv: bool = False  # the prefill of a hand-over, see `EngineInfo.moves_kv`
     kv_handle: KVHandle | None = None  # the decode of one: where the KV is; the prefill's tokens are the resumed ones
+    rank: int | None = None  # of an engine with `EngineInfo.num_ranks` above 1: the one that is to serve it; None: any
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +210,7 @@ class StepOutputs:
     load: WorkerLoad
     events: Sequence[KVEvent] = ()
     stats: PassStats | None = None
+    rank: int = 0  # that `load`, `events` and `stats` are of; the outputs as well
 
 
 # ------------------------------------------------------------------ engines
@@ -282,6 +284,8 @@ class EngineInfo:
     max_logprobs: int = 20
     moves_kv: bool = False
     kv_fingerprint: str = ""  # with moves_kv: only engines with equal ones understand each other's descriptors
+    num_ranks: int = 1  # attention-DP ranks: each has its own KV cache of num_blocks and runs max_num_seqs
+    about: tuple[tuple[str, str], ...] = ()  # versions and the like, by name, for people; a few short texts
 
 
 class RequestRefused(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from trtserve.plugins.api import (
@@ -33,6 +34,7 @@ from trtserve.server.workers.client import WorkerClient, WorkerState
 from trtserve.server.workers.kv_links import KVLink
 from trtserve.server.workers.kv_messages import KVFetched
 from trtserve.server.workers.pool import WorkerPool
+from trtserve.server.workers.ranks import split
 
 _CHECK_DEADLINE_S = 10.0
 _INLINE_BLOCKS = 1000  # hashed within half a millisecond
@@ -80,7 +82,10 @@ class ServerCluster:
     async def run(
         self, placement: Placement, request: Request, sink: OutputSink, hand_over: HandOver | None = None
     ) -> Finish:
-        client = self.pool[placement.worker_id]
+        worker_id, rank = split(placement.worker_id)
+        client = self.pool[worker_id]
+        if rank is not None:
+            request = replace(request, rank=rank)
         self._departures.runs(request.id, hand_over is not None)
         if hand_over is None:
             return await client.run(request, sink)
@@ -128,7 +133,7 @@ class ServerCluster:
             self._transfer_times.observe(fetch.num_bytes, fetch.duration_s)
 
     def client(self, worker_id: WorkerId) -> WorkerClient:
-        return self.pool[worker_id]
+        return self.pool[split(worker_id)[0]]
 
     async def extend_leases(self) -> None:
         """Keep the leases of live requests from ending. Runs as long as the server does."""
@@ -146,19 +151,20 @@ class ServerCluster:
     def is_in_use(self, client: WorkerClient) -> bool:
         """Whether anything is booked on a worker, runs there, or moves from or to it."""
         return bool(
-            self._router.booked(client.worker_id)[0]
+            self.booked(client)
             or client.num_running
             or not client.kv.is_idle
             or any(hand_over.uses(client) for hand_over in self._hand_overs)
         )
 
-    def booked(self, worker_id: WorkerId) -> int:
+    def booked(self, client: WorkerClient) -> int:
         """Sequences placed on a worker that have not ended."""
-        return self._router.booked(worker_id)[0]
+        return sum(self._router.booked(routed_id)[0] for routed_id in client.routed_ids)
 
-    def drain(self, worker_id: WorkerId, is_draining: bool) -> None:
+    def drain(self, client: WorkerClient, is_draining: bool) -> None:
         """Place nothing more on a worker, or again."""
-        self._router.drain(worker_id, is_draining)
+        for routed_id in client.routed_ids:
+            self._router.drain(routed_id, is_draining)
 
     def capacity_changed(self) -> None:
         """A worker has come or gone."""
@@ -172,7 +178,7 @@ class ServerCluster:
 
     def resync(self, worker_id: WorkerId) -> None:
         """The index has missed some of a worker's events: ask for its whole set."""
-        self.pool[worker_id].send_resync()
+        self.client(worker_id).send_resync()
 
     # -------------------------------------------------------------- routing
 
@@ -193,15 +199,14 @@ class ServerCluster:
         """Compare the prefix index with what each ready worker says it has stored; the index takes that over. None for
         a worker that gave no answer in time or publishes no events."""
         clients = [client for client in self.pool if client.state is WorkerState.READY]
-        checks = await asyncio.gather(*(self._check(client) for client in clients))
-        return {client.worker_id: check for client, check in zip(clients, checks, strict=True)}
+        asked = [routed_id for client in clients if client.send_resync() for routed_id in client.routed_ids]
+        checks = dict(zip(asked, await asyncio.gather(*map(self._check, asked)), strict=True))
+        return {routed_id: checks.get(routed_id) for client in clients for routed_id in client.routed_ids}
 
-    async def _check(self, client: WorkerClient) -> IndexCheck | None:
-        if not client.send_resync():
-            return None
+    async def _check(self, routed_id: WorkerId) -> IndexCheck | None:
         try:
             async with asyncio.timeout(_CHECK_DEADLINE_S):
-                return await self._router.next_check(client.worker_id)
+                return await self._router.next_check(routed_id)
         except TimeoutError:
             return None
 
@@ -250,24 +255,24 @@ class ServerCluster:
     def _sample_worker(self, client: WorkerClient) -> WorkerSample:
         load, info = client.load, client.info
         is_ready = client.state is WorkerState.READY and info is not None
-        indexed_blocks, event_gaps = self._router.core.indexed(client.worker_id)
+        indexed = [self._router.core.indexed(routed_id) for routed_id in client.routed_ids]
         return WorkerSample(
             worker_id=client.worker_id,
             role=client.role,
             is_ready=is_ready,
             running=load.running,
             waiting=load.waiting,
-            num_blocks=info.num_blocks if info is not None else 0,
+            num_blocks=info.num_blocks * info.num_ranks if info is not None else 0,
             free_blocks=load.free_blocks,
             block_size=info.block_size if info is not None else 0,
-            booked_requests=self._router.booked(client.worker_id)[0],
+            booked_requests=self.booked(client),
             restarts=client.restarts,
             prompt_tokens=load.prompt_tokens_total,
             cached_tokens=load.cached_tokens_total,
             generated_tokens=load.generated_tokens_total,
             preemptions=load.preemptions_total,
-            indexed_blocks=indexed_blocks,
-            event_gaps=event_gaps,
+            indexed_blocks=sum(blocks for blocks, _ in indexed),
+            event_gaps=sum(gaps for _, gaps in indexed),
         )
 
 

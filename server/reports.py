@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 from trtserve.plugins.api import PassStats, RequestId, Role, WorkerId
 from trtserve.server.kv_peers import KVPeers
@@ -20,6 +21,8 @@ _MOST_EARLY_REPORTS = 4096
 
 _NOTHING: tuple[Change, ...] = ()
 
+_Report: TypeAlias = tuple[int, tuple[Change, ...]] | PassStats
+
 
 class WorkerReports:
     """Implements `PoolListener` for the router."""
@@ -29,7 +32,7 @@ class WorkerReports:
         self._router = router
         self._capacity_changed = capacity_changed
         self._peers = KVPeers()
-        self._early: dict[WorkerId, deque[tuple[int, tuple[Change, ...]] | PassStats]] = {}
+        self._early: dict[WorkerId, deque[tuple[int, _Report]]] = {}  # by worker, with the rank
 
     # -------------------------------------------------------------- workers come and go
 
@@ -40,61 +43,67 @@ class WorkerReports:
     def worker_ready(self, client: WorkerClient) -> None:
         """Its engine runs: the router may use it, knowing all that it said so far."""
         assert client.info is not None
-        router, worker_id = self._router, client.worker_id
-        router.add_worker(worker_id, client.role, client.info)
-        for report in self._early.pop(worker_id, ()):
+        router, routed = self._router, client.routed_ids
+        for routed_id in routed:
+            router.add_worker(routed_id, client.role, client.info)
+        for rank, report in self._early.pop(client.worker_id, ()):
+            if rank >= len(routed):
+                continue
             if isinstance(report, PassStats):
-                router.learn(worker_id, report)
+                router.learn(routed[rank], report)
             else:
-                router.events(worker_id, *report)
+                router.events(routed[rank], *report)
         self._peers.ready(client)
         self._capacity_changed()
         router.plan(client.role)
 
     def worker_gone(self, client: WorkerClient) -> None:
         """Its bookings end as its requests fail."""
-        self._router.remove_worker(client.worker_id)
+        for routed_id in client.routed_ids:
+            self._router.remove_worker(routed_id)
         self._peers.gone(client)
         self._capacity_changed()
 
     def worker_relabelled(self, client: WorkerClient, former: Role) -> None:
         """It was drained before; its index, its load and its connection stay as they are."""
-        self._router.relabel(client.worker_id, client.role)
+        for routed_id in client.routed_ids:
+            self._router.relabel(routed_id, client.role)
         self._peers.relabelled(client, former)
         self._capacity_changed()
         self._router.plan(client.role)
 
     # -------------------------------------------------------------- StepListener
 
-    def on_events(self, client: WorkerClient, first_event: int, events: Sequence[wire.WireEvent]) -> None:
+    def on_events(self, client: WorkerClient, rank: int, first_event: int, events: Sequence[wire.WireEvent]) -> None:
         changes = tuple(map(_change_of, events))
         if client.state is WorkerState.READY:
-            self._router.events(client.worker_id, first_event, changes)
+            self._router.events(client.routed_ids[rank], first_event, changes)
         else:
-            self._keep(client, (first_event, changes))
+            self._keep(client, rank, (first_event, changes))
 
-    def on_prompt_done(self, client: WorkerClient, request_id: RequestId, cached_tokens: int) -> None:
-        self._router.prompt_done(client.worker_id, request_id, cached_tokens)
+    def on_prompt_done(self, client: WorkerClient, rank: int, request_id: RequestId, cached_tokens: int) -> None:
+        self._router.prompt_done(client.routed_ids[rank], request_id, cached_tokens)
 
     def on_ended(self, client: WorkerClient, request_id: RequestId) -> None:
         """The booking of a request goes with its run, not with this."""
 
     def on_step(self, client: WorkerClient, step: wire.Step) -> None:
         if client.state is WorkerState.READY:
+            routed_id = client.routed_ids[step.rank]
             if not step.events:
                 # Its number shows whether events were lost since the last ones.
-                self._router.events(client.worker_id, step.first_event, _NOTHING)
-            self._router.pass_ended(client.worker_id, step.stats, step.load, step.num_tokens, step.num_rows)
+                self._router.events(routed_id, step.first_event, _NOTHING)
+            self._router.pass_ended(routed_id, step.stats, step.load, step.num_tokens, step.num_rows)
         elif step.stats is not None:
-            self._keep(client, step.stats)
+            self._keep(client, step.rank, step.stats)
 
     def on_blocks(self, client: WorkerClient, blocks: wire.Blocks) -> None:
-        self._router.snapshot(client.worker_id, blocks.next_event, wire.hashes_of(blocks.hashes))
+        self._router.snapshot(client.routed_ids[blocks.rank], blocks.next_event, wire.hashes_of(blocks.hashes))
 
-    def _keep(self, client: WorkerClient, report: tuple[int, tuple[Change, ...]] | PassStats) -> None:
+    def _keep(self, client: WorkerClient, rank: int, report: _Report) -> None:
         early = self._early.get(client.worker_id)
         if early is not None:
-            early.append(report)
+            early.append((rank, report))
 
 
 def _change_of(event: wire.WireEvent) -> Change:

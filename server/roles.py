@@ -58,14 +58,14 @@ class RoleChanges:
             return former
         self._check(client, role, force)
         self._draining.add(worker_id)
-        self._cluster.drain(worker_id, True)
+        self._cluster.drain(client, True)
         try:
             await self._drained(client, self._drain_s if drain_s is None else drain_s)
             self._check_not_last(client, force)  # the others may have died meanwhile
             self._cluster.pool.relabel(client, role)
         finally:
             self._draining.discard(worker_id)
-            self._cluster.drain(worker_id, False)
+            self._cluster.drain(client, False)
         logger.info("%s: was a %s worker and is a %s worker now", worker_id, former, role)
         return former
 

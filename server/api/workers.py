@@ -47,8 +47,10 @@ class Workers:
             "state": "draining" if is_draining else client.state,
             "phase": client.phase,
             "restarts": client.restarts,
-            "booked_sequences": self._serving.cluster.booked(client.worker_id),
+            "booked_sequences": self._serving.cluster.booked(client),
             "load": asdict(client.load),
+            "ranks": client.num_ranks,
+            "engine": dict(client.info.about) if client.info is not None else {},
             "kv": None,
         }
         if port is not None:

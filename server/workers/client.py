@@ -27,6 +27,7 @@ from trtserve.server.errors import WorkerLost
 from trtserve.server.workers import wire
 from trtserve.server.workers.kv_client import KVClient, OnKV
 from trtserve.server.workers.kv_messages import KVPort
+from trtserve.server.workers.ranks import routed_ids, total_load
 
 logger = logging.getLogger(__name__)
 
@@ -54,10 +55,11 @@ class StepListener(Protocol):
     is ready, when `client.info` is not that of this incarnation; its requests have ids that the server never gave out.
     """
 
-    def on_events(self, client: WorkerClient, first_event: int, events: Sequence[wire.WireEvent]) -> None:
-        """Blocks were stored or removed. first_event: the number of the first one, counted per incarnation from 0."""
+    def on_events(self, client: WorkerClient, rank: int, first_event: int, events: Sequence[wire.WireEvent]) -> None:
+        """Blocks were stored or removed. first_event: the number of the first one, counted per incarnation and rank
+        from 0."""
 
-    def on_prompt_done(self, client: WorkerClient, request_id: RequestId, cached_tokens: int) -> None:
+    def on_prompt_done(self, client: WorkerClient, rank: int, request_id: RequestId, cached_tokens: int) -> None:
         """A request's first token comes; `cached_tokens` of its prompt were in the prefix cache."""
 
     def on_ended(self, client: WorkerClient, request_id: RequestId) -> None:
@@ -67,7 +69,7 @@ class StepListener(Protocol):
         """A step is over: `step.load`, `step.stats` (None: no pass), `step.num_rows`, `step.num_tokens`. Hot."""
 
     def on_blocks(self, client: WorkerClient, blocks: wire.Blocks) -> None:
-        """The answer to `WorkerClient.send_resync`: the worker's whole set, in its place among the steps."""
+        """The answer to `WorkerClient.send_resync`: a rank's whole set, in its place among the steps."""
 
 
 class WorkerClient:
@@ -84,7 +86,9 @@ class WorkerClient:
         self.state = WorkerState.STARTING
         self.phase = "not started"
         self.info: EngineInfo | None = None
-        self.load = WorkerLoad()
+        self.routed_ids = [worker_id]
+        """By which the router knows it: one a rank, see `ranks`."""
+        self._loads = {0: WorkerLoad()}  # by rank
         self.steps = 0
         self.last_heard_s = self.last_step_s = time.monotonic()
         self.restarts = 0
@@ -104,11 +108,12 @@ class WorkerClient:
         self._send = send
         self.kv.connected(incarnation)
         self.steps = 0
-        self.load = WorkerLoad()
+        self._loads = {0: WorkerLoad()}
         self.heard()
 
     def ready(self, info: EngineInfo, kv: KVPort | None = None) -> None:
         self.info = info
+        self.routed_ids = routed_ids(self.worker_id, info)
         self.kv.port = kv
         self.state = WorkerState.READY
         self.phase = "ready"
@@ -142,6 +147,16 @@ class WorkerClient:
         return self.send(wire.Resync())
 
     # -------------------------------------------------------------- requests
+
+    @property
+    def num_ranks(self) -> int:
+        """Attention-DP ranks, see `ranks`."""
+        return len(self.routed_ids)
+
+    @property
+    def load(self) -> WorkerLoad:
+        """Of all ranks together, as last reported."""
+        return total_load(self._loads)
 
     @property
     def moves_kv(self) -> bool:
@@ -205,7 +220,8 @@ class WorkerClient:
     # -------------------------------------------------------------- what the worker reports
 
     def on_heartbeat(self, message: wire.Heartbeat) -> None:
-        self.load = message.load
+        if self.num_ranks == 1:
+            self._loads[0] = message.load
         if message.kv is not None:
             self.kv.usage = message.kv
         if message.steps != self.steps:
@@ -215,10 +231,12 @@ class WorkerClient:
         """Hot: runs once per engine step, its inner loop once per row. Raises ValueError or TypeError where the step
         makes no sense."""
         self._advanced(step.number)
-        self.load = step.load
+        if step.rank and not 0 < step.rank < self.num_ranks and self.state is WorkerState.READY:
+            raise ValueError(f"a step of rank {step.rank}, of {self.num_ranks}")
+        self._loads[step.rank] = step.load
         if step.events:
-            self._listener.on_events(self, step.first_event, step.events)
-        details = self._before_tokens(step.details) if step.details else None
+            self._listener.on_events(self, step.rank, step.first_event, step.events)
+        details = self._before_tokens(step) if step.details else None
         token_ids: list[int] = memoryview(step.token_ids).cast("i").tolist()
         request_ids: list[int] = memoryview(step.request_ids).cast("Q").tolist()
         if step.counts or details:
@@ -236,7 +254,7 @@ class WorkerClient:
 
     def on_blocks(self, message: wire.Blocks) -> None:
         """Raises ValueError where the message makes no sense."""
-        if message.next_event < 0 or len(message.hashes) % 8:
+        if message.next_event < 0 or len(message.hashes) % 8 or not 0 <= message.rank < self.num_ranks:
             raise ValueError(f"{len(message.hashes)} bytes of hashes before event {message.next_event}")
         self._listener.on_blocks(self, message)
 
@@ -244,11 +262,11 @@ class WorkerClient:
         self.steps = steps
         self.last_step_s = time.monotonic()
 
-    def _before_tokens(self, details: Sequence[wire.Detail]) -> dict[int, tuple[TokenLogprob, ...]]:
+    def _before_tokens(self, step: wire.Step) -> dict[int, tuple[TokenLogprob, ...]]:
         logprobs = {}
-        for detail in details:
+        for detail in step.details:
             if detail.cached_tokens is not None:
-                self._listener.on_prompt_done(self, detail.request_id, detail.cached_tokens)
+                self._listener.on_prompt_done(self, step.rank, detail.request_id, detail.cached_tokens)
             run = self._runs.get(detail.request_id)
             if run is None:
                 continue

@@ -136,6 +136,7 @@ class Step(msgspec.Struct, tag="step", frozen=True, array_like=True):
     first_event: int  # number of events[0]; counts every event of the incarnation, so that a gap is seen
     events: tuple[WireEvent, ...]
     stats: PassStats | None
+    rank: int = 0  # as `StepOutputs.rank`; each has events of its own
 
     @property
     def num_rows(self) -> int:
@@ -149,11 +150,12 @@ class Step(msgspec.Struct, tag="step", frozen=True, array_like=True):
 
 
 class Blocks(msgspec.Struct, tag="blocks", frozen=True, array_like=True):
-    """The answer to `Resync`: every block stored after all events below `next_event`, in no order. Stands among the
-    steps where it belongs: the next step's `first_event` is `next_event`."""
+    """The answer to `Resync`, one for each rank: every block stored after all events below `next_event`, in no order.
+    Stands among the steps where it belongs: the rank's next step's `first_event` is `next_event`."""
 
     next_event: int
     hashes: bytes  # uint64[num_blocks]
+    rank: int = 0
 
 
 class Failed(msgspec.Struct, tag="failed", frozen=True, array_like=True):
@@ -187,6 +189,7 @@ class Submit(msgspec.Struct, tag="submit", frozen=True, array_like=True):
     keep_kv: bool = False  # keep the prompt's KV blocks readable for other workers: `KVPublished` tells of them
     num_resumed: int = 0  # as `Request.num_resumed`
     kv_handle: KVHandle | None = None  # as `Request.kv_handle`
+    rank: int | None = None  # as `Request.rank`
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True, array_like=True):
@@ -246,6 +249,7 @@ def submit_of(request: Request, *, keep_kv: bool = False) -> Submit:
         keep_kv or request.keeps_kv,
         request.num_resumed,
         request.kv_handle,
+        request.rank,
     )
 
 
@@ -267,6 +271,7 @@ def request_of(message: Submit) -> Request:
         num_resumed=message.num_resumed,
         keeps_kv=message.keep_kv,
         kv_handle=message.kv_handle,
+        rank=message.rank,
     )
 
 
@@ -304,6 +309,7 @@ def step_of(number: int, first_event: int, outputs: StepOutputs) -> Step:
         first_event,
         tuple(event_of(event) for event in outputs.events),
         outputs.stats,
+        outputs.rank,
     )
 
 
@@ -339,10 +345,10 @@ def event_of(event: KVEvent) -> WireEvent:
             return Cleared()
 
 
-def blocks_of(next_event: int, hashes: Collection[BlockHash], limit: int = MAX_BLOCKS) -> Blocks:
+def blocks_of(next_event: int, hashes: Collection[BlockHash], rank: int = 0, limit: int = MAX_BLOCKS) -> Blocks:
     """Pack the whole set. Beyond `limit` some are left out: the server then knows less than is there, never more."""
     # An array takes a list at once, and anything else one by one.
-    return Blocks(next_event, array("Q", list(islice(hashes, limit))).tobytes())
+    return Blocks(next_event, array("Q", list(islice(hashes, limit))).tobytes(), rank)
 
 
 def hashes_of(packed: bytes) -> Sequence[BlockHash]:

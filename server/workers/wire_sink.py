@@ -8,10 +8,12 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from trtserve.plugins.api import StepOutputs, WorkerLoad
 from trtserve.server.workers import wire
 from trtserve.server.workers.block_mirror import BlockMirror
+from trtserve.server.workers.ranks import total_load
 from trtserve.server.workers.warm_up import WarmUpWatch
 
 logger = logging.getLogger(__name__)
@@ -76,10 +78,15 @@ class WireSink:
         self._outbox = outbox
         self._warm_up = warm_up
         self._after_step = after_step
-        self._mirror = BlockMirror()
+        self._mirrors = {0: BlockMirror()}  # by rank
+        self._loads = {0: WorkerLoad()}
         self.steps = 0
-        self.load = WorkerLoad()
         self.failed = threading.Event()
+
+    @property
+    def load(self) -> WorkerLoad:
+        """Of all ranks together, after the last step of each."""
+        return total_load(self._loads)
 
     def push(self, step: StepOutputs) -> None:
         self._outbox.put(lambda: self._next_step(step))
@@ -90,12 +97,16 @@ class WireSink:
 
     def _next_step(self, step: StepOutputs) -> wire.Step:
         self.steps += 1
-        self.load = step.load
-        return wire.step_of(self.steps, self._mirror.apply(step.events), step)
+        self._loads[step.rank] = step.load
+        mirror = self._mirrors.get(step.rank)
+        if mirror is None:
+            mirror = self._mirrors[step.rank] = BlockMirror()
+        return wire.step_of(self.steps, mirror.apply(step.events), step)
 
     def push_blocks(self) -> None:
         """Queue the whole set of stored blocks, right behind the steps that it includes. For the socket's thread."""
-        self._outbox.put_at_once(self._mirror.snapshot)
+        for rank, mirror in sorted(self._mirrors.items()):
+            self._outbox.put_at_once(partial(mirror.snapshot, rank))
 
     def fail(self, error: BaseException) -> None:
         if self.failed.is_set():

@@ -57,10 +57,10 @@ class Listener:
     def worker_connected(self, client):
         self.reports.append(("connected", client.worker_id))
 
-    def on_events(self, client, first_event, events):
+    def on_events(self, client, rank, first_event, events):
         self.reports.append(("events", first_event, events))
 
-    def on_prompt_done(self, client, request_id, cached_tokens):
+    def on_prompt_done(self, client, rank, request_id, cached_tokens):
         self.reports.append(("prompt done", request_id, cached_tokens))
 
     def on_ended(self, client, request_id):

@@ -81,6 +81,7 @@ REQUEST = st.builds(
     cache_salt=TEXT,
     keeps_kv=st.booleans(),
     kv_handle=st.none() | HANDLE,
+    rank=st.none() | st.integers(0, 63),
 ).map(lambda request: replace(request, num_resumed=len(request.prompt) // 2))
 BLOCK = st.builds(StoredBlock, HASH, TOKENS.map(lambda ids: array("i", ids)))
 EVENT = st.one_of(
@@ -106,6 +107,7 @@ STEP = st.builds(
     LOAD,
     st.lists(EVENT, max_size=3),
     st.none() | STATS,
+    rank=st.integers(0, 63),
 )
 HELLO = st.builds(
     wire.Hello, COUNT, NAME, st.integers(0, 2**63 - 1), TEXT, COUNT, st.sampled_from(Role), TEXT, TEXT, TEXT, TEXT

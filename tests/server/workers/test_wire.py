@@ -61,6 +61,7 @@ def unpacked(step: wire.Step):
 def test_a_step_says_all_that_the_engine_said(outputs, number, first_event):
     step = wire.decode_from_worker(wire.encode(wire.step_of(number, first_event, outputs)))
     assert (step.number, step.first_event, step.load, step.stats) == (number, first_event, outputs.load, outputs.stats)
+    assert step.rank == outputs.rank
     assert unpacked(step) == [(output.request_id, output.token_ids) for output in outputs.outputs if output.token_ids]
     details = {detail.request_id: detail for detail in step.details}
     for output in outputs.outputs:
@@ -110,7 +111,7 @@ def test_events_keep_their_hashes(event):
 
 @given(st.sets(HASH, max_size=9), st.integers(0, 9))
 def test_blocks_beyond_the_limit_are_left_out(hashes, limit):
-    packed = wire.hashes_of(wire.blocks_of(5, hashes, limit).hashes)
+    packed = wire.hashes_of(wire.blocks_of(5, hashes, limit=limit).hashes)
     assert len(set(packed)) == len(packed) == min(limit, len(hashes)) and set(packed) <= hashes
 
 

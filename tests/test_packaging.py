@@ -52,6 +52,13 @@ def test_types_are_shipped(folder):
     assert "py.typed" in PROJECT["tool"]["setuptools"]["package-data"][f"trtserve.{folder}"]
 
 
+def test_every_profile_is_shipped():
+    (pattern,) = (name for name in PROJECT["tool"]["setuptools"]["package-data"]["trtserve.settings"] if "*" in name)
+    settings = ROOT / "settings"
+    there = set(settings.rglob("*.yaml"))
+    assert there and set(settings.glob(pattern)) == there
+
+
 def test_the_installed_version_is_the_projects():
     assert version("trtserve") == PROJECT["project"]["version"]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from trtserve.plugins.api import EngineConfig, Role
+import os
+
+from trtserve.plugins.api import EngineConfig, EnginePlan, Role
 from trtserve.plugins.manager import PluginManager
 from trtserve.settings.roles import for_role
 from trtserve.settings.schema import Settings
@@ -27,3 +29,13 @@ def engine_config(settings: Settings, role: str, model_path: str, manager: Plugi
         transfer=own.transfer,
         options=manager.check_options("engine", own.engine, own.engine_options),
     )
+
+
+def take_environment(plan: EnginePlan | None) -> None:
+    """A server gives the workers that it starts their environment; one that was started by hand has to see to it
+    itself, before the engine's libraries are loaded."""
+    if plan is None:
+        return
+    for name in plan.unset:
+        os.environ.pop(name, None)
+    os.environ.update(plan.environment)

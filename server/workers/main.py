@@ -8,11 +8,11 @@ import signal
 from importlib.metadata import version
 from pathlib import Path
 
-from trtserve.plugins.api import Engine, EnginePlan, Role, WorkerId
+from trtserve.plugins.api import Engine, Role, WorkerId
 from trtserve.plugins.fingerprint import model_fingerprint, tokenizer_fingerprint
 from trtserve.plugins.manager import PluginManager
 from trtserve.server.workers import wire
-from trtserve.server.workers.engine_config import engine_config
+from trtserve.server.workers.engine_config import engine_config, take_environment
 from trtserve.server.workers.kv_setup import exchange_options
 from trtserve.server.workers.orphan import die_with_parent
 from trtserve.server.workers.token import worker_token
@@ -28,7 +28,7 @@ def run_worker(settings: WorkerSettings) -> int:
     model_path = _model_path(settings)
     config = engine_config(settings, settings.engine_role or settings.role, str(model_path), manager)
     if settings.parent_pid is None:
-        _plan_by_hand(manager.plan_engine(settings.engine, config))
+        take_environment(manager.plan_engine(settings.engine, config))
 
     def make_engine() -> Engine:
         return manager.make_engine(settings.engine, config)
@@ -39,16 +39,6 @@ def run_worker(settings: WorkerSettings) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: worker.stop())
     return worker.run()
-
-
-def _plan_by_hand(plan: EnginePlan | None) -> None:
-    """A server gives the workers that it starts their environment; one that was started by hand has to see to it
-    itself, before the engine's libraries are loaded."""
-    if plan is None:
-        return
-    for name in plan.unset:
-        os.environ.pop(name, None)
-    os.environ.update(plan.environment)
 
 
 def _identity(settings: WorkerSettings, model_path: Path) -> WorkerIdentity:

@@ -103,12 +103,17 @@ def _wrong_types(facts: Facts) -> list[str]:
     wrong = [
         f"{name}: {value!r} is not a whole number above 0"
         for name in _WHOLE_NUMBERS
-        if (value := facts.arguments.get(name)) is not None and (type(value) is not int or value == 0)
+        if (value := facts.arguments.get(name)) is not None and not _is_size(name, value)
     ]
     sizes = facts.inner("cuda_graph_config").get("batch_sizes")
     if sizes is not None and not (isinstance(sizes, list) and sizes and all(type(size) is int for size in sizes)):
         wrong.append(f"cuda_graph_config.batch_sizes: {sizes!r} is not a list of whole numbers")
     return wrong
+
+
+def _is_size(name: str, value: object) -> bool:
+    """-1 lets TensorRT-LLM choose how experts are divided."""
+    return type(value) is int and (value > 0 or (value == -1 and name.startswith("moe_")))
 
 
 # ------------------------------------------------------------------ what is refused

@@ -9,6 +9,7 @@ returns None for names that are not its own. Heavy libraries are imported inside
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import pluggy
 from pydantic import BaseModel
@@ -41,6 +42,11 @@ def plan_engine(name: str, config: EngineConfig) -> EnginePlan | None:
     """What workers with this engine need, for engines that choose their own GPUs; called in the server process before
     anything starts, and in workers started by hand. config.model_path may be a hub id here. Pure but for files that the
     options name. Raises PlanRefused. Engines without it run on the device of their configuration."""
+
+
+@hookspec(firstresult=True)
+def setting_defaults(name: str) -> Mapping[str, Any] | None:
+    """Settings whose default is another one with this engine, such as the block size; for those that nobody gave."""
 
 
 @hookspec(firstresult=True)

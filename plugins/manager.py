@@ -86,6 +86,12 @@ class PluginManager:
         engine: Engine | None = self._manager.hook.make_engine(name=name, config=config)
         return _made(engine, "engine", name)
 
+    def setting_defaults(self, name: str) -> Mapping[str, Any]:
+        """Of an engine; nothing for one that cannot be loaded."""
+        if self.load_problem("engine", name) is not None:
+            return {}
+        return self._manager.hook.setting_defaults(name=name) or {}
+
     def plan_engine(self, name: str, config: EngineConfig) -> EnginePlan | None:
         """None for an engine that has no plans. Raises PluginError naming every problem. The engine's libraries need
         not be there."""

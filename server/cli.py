@@ -51,8 +51,9 @@ def _serve(arguments: list[str]) -> int:
     manager = PluginManager()
     # Imported late: `trtserve plugins` and workers need none of it.
     from trtserve.server.deployment import describe_plan, make_plan, with_usable_transfer
+    from trtserve.server.workers.engine_config import with_engine_defaults
 
-    settings = with_usable_transfer(settings, manager)
+    settings = with_engine_defaults(with_usable_transfer(settings, manager), manager)
     plan = make_plan(settings, manager)
     if settings.dry_run:
         print(describe_plan(settings, plan))

@@ -15,7 +15,8 @@ from typing import Any
 from trtserve.plugins.api import EnginePlan, LaunchSpec, Mode, ModeConfig, Role, WorkerId
 from trtserve.plugins.manager import PluginError, PluginManager
 from trtserve.plugins.routing_api import PolicyConfig, RoutingPolicy
-from trtserve.server.engine_plans import VISIBLE_GPUS, describe_engine, gpus_of_workers, plan_engines
+from trtserve.server.engine_plans import describe_engine, gpus_of_workers, plan_engines
+from trtserve.server.workers.engine_config import VISIBLE_GPUS
 from trtserve.server.workers.token import given_token
 from trtserve.settings.load import SettingsError
 from trtserve.settings.schema import RoleSettings, Settings

@@ -8,11 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from trtserve.plugins.api import EnginePlan, Role
 from trtserve.plugins.manager import PluginError, PluginManager
-from trtserve.server.workers.engine_config import engine_config
+from trtserve.server.workers.engine_config import VISIBLE_GPUS, engine_config
 from trtserve.settings.load import SettingsError
 from trtserve.settings.schema import Settings
-
-VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 def plan_engines(settings: Settings, roles: Iterable[Role], manager: PluginManager) -> dict[Role, EnginePlan]:

@@ -128,7 +128,7 @@ class Settings(BaseSettings):
         pattern=r"^\d{1,4}(,\d{1,4})*$",
         description="one GPU for each worker, in the order in which --dry-run lists them, such as 0,1,2",
     )
-    block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block")
+    block_size: int = Field(16, ge=1, le=1024, description="tokens in a KV block; tensorrt_llm: 32")
     num_blocks: int | None = Field(None, ge=1, le=2**31 - 1, description="KV blocks of a worker")
     kv_cache_gib: float | None = Field(None, gt=0, le=4096, description="KV memory of a worker, GiB")
     max_num_seqs: int = Field(256, ge=1, le=65_536, description="sequences that a worker runs at once")

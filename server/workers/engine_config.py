@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import os
+from typing import TypeVar
 
 from trtserve.plugins.api import EngineConfig, EnginePlan, Role
 from trtserve.plugins.manager import PluginManager
 from trtserve.settings.roles import for_role
 from trtserve.settings.schema import Settings
+
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+
+
+def with_engine_defaults(settings: AnySettings, manager: PluginManager) -> AnySettings:
+    """The settings with the engine's own defaults for what nobody gave."""
+    defaults = manager.setting_defaults(settings.engine)
+    return settings.model_copy(
+        update={name: value for name, value in defaults.items() if name not in settings.model_fields_set}
+    )
 
 
 def engine_config(settings: Settings, role: str, model_path: str, manager: PluginManager) -> EngineConfig:
@@ -31,11 +44,13 @@ def engine_config(settings: Settings, role: str, model_path: str, manager: Plugi
     )
 
 
-def take_environment(plan: EnginePlan | None) -> None:
+def take_environment(plan: EnginePlan | None, gpus: str | None) -> None:
     """A server gives the workers that it starts their environment; one that was started by hand has to see to it
-    itself, before the engine's libraries are loaded."""
+    itself, before the engine's libraries are loaded. gpus: as the settings name them."""
     if plan is None:
         return
+    if gpus is not None:
+        os.environ[VISIBLE_GPUS] = gpus
     for name in plan.unset:
         os.environ.pop(name, None)
     os.environ.update(plan.environment)

@@ -12,7 +12,7 @@ from trtserve.plugins.api import Engine, Role, WorkerId
 from trtserve.plugins.fingerprint import model_fingerprint, tokenizer_fingerprint
 from trtserve.plugins.manager import PluginManager
 from trtserve.server.workers import wire
-from trtserve.server.workers.engine_config import engine_config, take_environment
+from trtserve.server.workers.engine_config import engine_config, take_environment, with_engine_defaults
 from trtserve.server.workers.kv_setup import exchange_options
 from trtserve.server.workers.orphan import die_with_parent
 from trtserve.server.workers.token import worker_token
@@ -25,10 +25,11 @@ def run_worker(settings: WorkerSettings) -> int:
     if settings.parent_pid is not None:
         die_with_parent(settings.parent_pid)
     manager = PluginManager()
+    settings = with_engine_defaults(settings, manager)
     model_path = _model_path(settings)
     config = engine_config(settings, settings.engine_role or settings.role, str(model_path), manager)
     if settings.parent_pid is None:
-        take_environment(manager.plan_engine(settings.engine, config))
+        take_environment(manager.plan_engine(settings.engine, config), settings.gpus)
 
     def make_engine() -> Engine:
         return manager.make_engine(settings.engine, config)

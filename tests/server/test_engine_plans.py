@@ -95,6 +95,13 @@ def test_what_the_plan_tells():
     assert "TLLM_WORKER_USE_SINGLE_PROCESS=1" in decode and "environment without SLURM_JOBID" in decode
 
 
+@pytest.mark.parametrize(("variable", "backend"), [("UCX", "UCX"), ("NIXL", "NIXL")])
+def test_the_examples_variables_choose_how_kv_moves(monkeypatch, variable, backend):
+    monkeypatch.setenv(f"TRTLLM_USE_{variable}_KVCACHE", "1")
+    _, plan = planned("--mode=disagg")
+    assert {engine.arguments["cache_transceiver_config"]["backend"] for engine in plan.engines.values()} == {backend}
+
+
 def test_every_role_with_a_problem_is_named():
     with pytest.raises(PluginError) as caught:
         planned("--mode=disagg", "--engine-options", "llm_args={max_beam_width: 4}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -36,6 +37,12 @@ def plan_engine(name: str, config: EngineConfig) -> EnginePlan | None:
     from trtserve.plugins.engines.tensorrt_llm.plan import plan_worker
 
     return plan_worker(config)
+
+
+@hookimpl
+def setting_defaults(name: str) -> Mapping[str, Any] | None:
+    """TensorRT-LLM's own block size, which its kernels and all published configurations have."""
+    return {"block_size": 32} if name == _NAME else None
 
 
 @hookimpl

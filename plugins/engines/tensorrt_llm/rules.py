@@ -128,12 +128,10 @@ def _device(facts: Facts) -> str | None:
 
 
 def _block_size(facts: Facts) -> str | None:
-    tokens = facts.inner("kv_cache_config").get("tokens_per_block")
-    if tokens == facts.config.block_size:
-        return None
-    return (
-        f"kv_cache_config.tokens_per_block {tokens} is not --block-size {facts.config.block_size}: say it there alone"
-    )
+    tokens, ours = facts.inner("kv_cache_config").get("tokens_per_block"), facts.config.block_size
+    if tokens != ours:
+        return f"kv_cache_config.tokens_per_block {tokens} is not --block-size {ours}: say it there alone"
+    return None if ours & (ours - 1) == 0 else f"--block-size {ours} is not a power of 2, as TensorRT-LLM wants it"
 
 
 def _graphs_and_drafts(facts: Facts) -> str | None:
@@ -319,6 +317,16 @@ def _long_prompts(facts: Facts) -> str | None:
     return f"no chunked prefill: {whose} are refused above max_num_tokens {tokens}, though max_seq_len is {longest + 1}"
 
 
+def _moe_tokens(facts: Facts) -> str | None:
+    """moe_config.max_num_tokens counts the tokens of all ranks together."""
+    tokens = facts.inner("moe_config").get("max_num_tokens")
+    ranks = facts.number("moe_expert_parallel_size", 1)
+    advised = facts.number("max_batch_size", 1) * ranks
+    if not facts.arguments.get("enable_attention_dp") or not isinstance(tokens, int) or tokens >= advised:
+        return None
+    return f"moe_config.max_num_tokens {tokens} is below max_batch_size × moe_expert_parallel_size, {advised}"
+
+
 def _no_stats(facts: Facts) -> str | None:
     if facts.arguments.get("enable_iter_perf_stats"):
         return None
@@ -327,7 +335,7 @@ def _no_stats(facts: Facts) -> str | None:
 
 NOTES: tuple[Rule, ...] = (
     *(_attention_backend, _reuse_while_moving, _no_transfer_timeout, _ignore_eos, _sampling_with_drafts),
-    *(_chunks_and_drafts, _guided_decoding, _long_prompts, _no_stats),
+    *(_chunks_and_drafts, _guided_decoding, _long_prompts, _moe_tokens, _no_stats),
 )
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from trtserve.plugins.api import EnginePlan, Role
 from trtserve.plugins.manager import PluginError, PluginManager
-from trtserve.server.workers.engine_config import engine_config, take_environment
+from trtserve.server.workers.engine_config import engine_config, take_environment, with_engine_defaults
 from trtserve.settings.schema import RoleSettings, Settings
 
 
@@ -28,11 +28,26 @@ def test_bad_options_of_one_role_are_named():
         engine_config(settings, "decode", "/m", PluginManager())
 
 
+@pytest.mark.parametrize(
+    ("given", "block_size"),
+    [({"engine": "sim"}, 16), ({"engine": "tensorrt_llm"}, 32), ({"engine": "tensorrt_llm", "block_size": 64}, 64)],
+)
+def test_what_nobody_gave_is_the_engines_to_say(given, block_size):
+    settings = with_engine_defaults(Settings(**given, _cli_parse_args=[]), PluginManager())
+    assert settings.block_size == block_size
+
+
 def test_a_worker_by_hand_takes_its_environment(monkeypatch):
-    for name, value in (("LEFT", "1"), ("GONE", "1"), ("CHANGED", "1")):
-        monkeypatch.setenv(name, value)
-    take_environment(EnginePlan(1, {"CHANGED": "2", "NEW": "3"}, ("GONE", "NEVER_THERE")))
-    seen = {name: os.environ.get(name) for name in ("LEFT", "GONE", "CHANGED", "NEW")}
-    monkeypatch.delenv("NEW")
-    assert seen == {"LEFT": "1", "GONE": None, "CHANGED": "2", "NEW": "3"}
-    take_environment(None)
+    for name in ("LEFT", "GONE", "CHANGED", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.setenv(name, "1")
+    plan = EnginePlan(1, {"CHANGED": "2"}, ("GONE", "NEVER_THERE"))
+    take_environment(None, "7")
+    take_environment(plan, None)
+    assert [os.environ.get(name) for name in ("LEFT", "GONE", "CHANGED", "CUDA_VISIBLE_DEVICES")] == [
+        "1",
+        None,
+        "2",
+        "1",
+    ]
+    take_environment(plan, "4,5")
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"

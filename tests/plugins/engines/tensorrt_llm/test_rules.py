@@ -12,6 +12,7 @@ from trtserve.plugins.engines.tensorrt_llm.rules import check_roles
 MTP = {"decoding_type": "MTP", "num_nextn_predict_layers": 1}
 
 
+WIDE = {"tensor_parallel_size": 16, "moe_expert_parallel_size": 16, "enable_attention_dp": True}
 LONG = {"max_seq_len": 4096}
 GRAPHS = {"speculative_config": MTP, "cuda_graph_config": {"batch_sizes": [256]}}
 
@@ -25,6 +26,7 @@ REFUSED = [
     (dict(settings={"device": "cpu"}), "--device cpu is not for TensorRT-LLM", dict(settings={"device": "cuda"})),
     (dict(settings={"device": "cuda:3"}), "give --gpus 3 instead", {}),
     (dict(kv_cache_config={"tokens_per_block": 64}), "is not --block-size 32", {}),
+    (dict(settings={"block_size": 48}), "--block-size 48 is not a power of 2", dict(settings={"block_size": 64})),
     (
         dict(settings={"max_num_tokens": 511, "max_num_seqs": 256}, **GRAPHS),
         "max_num_tokens 511 is below 512",
@@ -137,6 +139,11 @@ NOTED = [
         dict(settings={"max_seq_len": 9000}, enable_chunked_prefill=False),
         "prompts are refused above max_num_tokens 8192, though max_seq_len is 9000",
         dict(settings={"max_seq_len": 8192}, enable_chunked_prefill=False),
+    ),
+    (
+        dict(options=WIDE, settings={"max_num_seqs": 256}, moe_config={"max_num_tokens": 4095}),
+        "moe_config.max_num_tokens 4095 is below max_batch_size × moe_expert_parallel_size, 4096",
+        dict(options=WIDE, settings={"max_num_seqs": 256}, moe_config={"max_num_tokens": 4096}),
     ),
     (dict(enable_iter_perf_stats=False), "enable_iter_perf_stats is off", {}),
 ]  # fmt: skip

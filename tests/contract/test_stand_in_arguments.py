@@ -38,7 +38,7 @@ def test_a_yaml_file_is_merged_key_by_key(trtllm):
     extra = {"speculative_config": {"decoding_type": "MTP", "num_nextn_predict_layers": 3}, "kv_cache_config": {}}
     merged = update_llm_args_with_extra_dict({"max_batch_size": 4, "kv_cache_config": {"dtype": "fp8"}}, extra)
     assert merged["speculative_config"].max_draft_len == 3
-    assert merged["kv_cache_config"].dtype == "auto"
+    assert merged["kv_cache_config"] == {}
     assert merged["max_batch_size"] == 4
     assert extra["speculative_config"] is merged["speculative_config"]
 

@@ -147,14 +147,7 @@ class TorchLlmArgs(StrictBaseModel):
 
 LlmArgs = TorchLlmArgs
 
-_CONVERTED: dict[str, type[StrictBaseModel]] = {
-    "attention_dp_config": AttentionDpConfig,
-    "cache_transceiver_config": CacheTransceiverConfig,
-    "cuda_graph_config": CudaGraphConfig,
-    "kv_cache_config": KvCacheConfig,
-    "moe_config": MoeConfig,
-    "scheduler_config": SchedulerConfig,
-}
+_CONVERTED: dict[str, type[StrictBaseModel]] = {"attention_dp_config": AttentionDpConfig, "moe_config": MoeConfig}
 
 
 def update_llm_args_with_extra_dict(
@@ -162,9 +155,9 @@ def update_llm_args_with_extra_dict(
 ) -> dict[str, Any]:
     """The arguments with the YAML's keys on top: whole keys, nothing inside is merged. Changes its second argument."""
     for name, model in _CONVERTED.items():
-        if isinstance(llm_args_dict.get(name), dict):
+        if name in llm_args_dict:
             llm_args_dict[name] = model(**llm_args_dict[name])
-    if isinstance(llm_args_dict.get("speculative_config"), dict):
+    if "speculative_config" in llm_args_dict:
         llm_args_dict["speculative_config"] = DecodingBaseConfig.from_dict(llm_args_dict["speculative_config"])
     return llm_args | llm_args_dict
 

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from . import kv_events
-from .kv_events import EventBuffer, Hash
+from tensorrt_llm._utils import Hash, KVCacheEventSerializer
+
+from .kv_events import EventBuffer
 
 Tokens = tuple[int, ...]
 
@@ -48,7 +49,7 @@ class BlockPool:
         self._reserved = 0
         self._clock = 0
         self._at_level = [0, 0]  # blocks in the tree, on the GPU and in host memory
-        self._emit(kv_events.created([num_blocks, host_blocks]))
+        self._emit(KVCacheEventSerializer.created([num_blocks, host_blocks]))
 
     @property
     def used_blocks(self) -> int:
@@ -102,7 +103,7 @@ class BlockPool:
             self._touch(child)
             node = child
         if new:
-            self._emit(kv_events.stored(parent.hash, new))
+            self._emit(KVCacheEventSerializer.stored(parent.hash, new))
         self._evict()
 
     def _chopped(self, tokens: Tokens, partial: bool) -> Iterator[Tokens]:
@@ -140,7 +141,7 @@ class BlockPool:
 
     def _move(self, node: Node, level: int) -> None:
         assert node.hash is not None
-        self._emit(kv_events.moved(node.hash, node.level, level))
+        self._emit(KVCacheEventSerializer.moved(node.hash, node.level, level))
         self._at_level[node.level] -= 1
         self._at_level[level] += 1
         node.level = level
@@ -151,7 +152,7 @@ class BlockPool:
             self._remove(child)
         del node.parent.children[node.tokens]
         self._at_level[node.level] -= 1
-        self._emit(kv_events.removed(node.hash))
+        self._emit(KVCacheEventSerializer.removed(node.hash))
 
     def _evict(self) -> None:
         """What is cached has the blocks that running sequences leave. The least recently used go first, of those the

@@ -97,6 +97,7 @@ class Engine:
         posts += self._admit()
         budget = self.settings.max_num_tokens
         running = [request for request in self._active if request.is_pulled]
+        num_contexts = sum(bool(request.prefill_left) for request in running)
         for request in running:
             budget = self._advance(request, budget)
             posts += [(request, response) for response in request.reports(self.settings.stream_interval)]
@@ -104,7 +105,8 @@ class Engine:
         if running:
             self._iteration += 1
         _post_responses(posts)
-        self._post_iteration(self._iteration_stats(started) if running else [])
+        contexts = num_contexts, self.settings.max_num_tokens - budget
+        self._post_iteration(self._iteration_stats(started, contexts, len(running)) if running else [])
         return bool(self._active or self._queued)
 
     def _cancel_aborted(self) -> list[tuple[Request, Response]]:
@@ -226,12 +228,13 @@ class Engine:
             for sequence in request.sequences:
                 pool.store(request.prompt + sequence.tokens, request.salt, partial=True)
 
-    def _iteration_stats(self, started: float) -> list[dict[str, Any]]:
+    def _iteration_stats(self, started: float, contexts: tuple[int, int], running: int) -> list[dict[str, Any]]:
+        """contexts: requests in their context phase, and the tokens computed for them."""
         if not self.settings.enable_iter_perf_stats:
             return []
         latency_ms = (time.monotonic() - started + self.environment.step_s) * 1000
-        running = len([request for request in self._active if not request.prefill_left])
-        return [iteration_stats(self._iteration, latency_ms, running, len(self._queued), self.settings, self.pools)]
+        queued = len(self._queued)
+        return [iteration_stats(self._iteration, latency_ms, running, queued, contexts, self.settings, self.pools)]
 
     def _post_iteration(self, stats: list[dict[str, Any]]) -> None:
         """Statistics and events leave with the step that made them, once a first request has made the queues."""

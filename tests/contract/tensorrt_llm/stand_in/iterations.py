@@ -10,8 +10,15 @@ from .engine_settings import EngineSettings
 
 
 def iteration_stats(
-    iteration: int, latency_ms: float, running: int, queued: int, settings: EngineSettings, pools: Iterable[BlockPool]
+    iteration: int,
+    latency_ms: float,
+    running: int,
+    queued: int,
+    contexts: tuple[int, int],
+    settings: EngineSettings,
+    pools: Iterable[BlockPool],
 ) -> dict[str, Any]:
+    """contexts: requests in their context phase, and the tokens computed for them."""
     pools = list(pools)
     total, used = sum(pool.num_blocks for pool in pools), sum(pool.used_blocks for pool in pools)
     reused, missed = sum(pool.reused_blocks for pool in pools), sum(pool.missed_blocks for pool in pools)
@@ -38,10 +45,10 @@ def iteration_stats(
         },
         "inflightBatchingStats": {
             "numScheduledRequests": running,
-            "numContextRequests": 0,
-            "numGenRequests": running,
+            "numContextRequests": contexts[0],
+            "numGenRequests": running - contexts[0],
             "numPausedRequests": 0,
-            "numCtxTokens": 0,
+            "numCtxTokens": contexts[1],
             "microBatchId": 0,
             "avgNumDecodedTokensPerIter": 0.0,
         },

@@ -15,13 +15,11 @@ from typing import Any
 import yaml
 
 from trtserve.plugins.api import EngineConfig, PlanRefused, Role
+from trtserve.plugins.engines.tensorrt_llm.facts import DEFAULT_MAX_NUM_TOKENS, Facts
 from trtserve.plugins.engines.tensorrt_llm.old_names import in_new_names
 from trtserve.plugins.engines.tensorrt_llm.options import TensorRTLLMOptions
-from trtserve.plugins.engines.tensorrt_llm.rules import Facts, check_role
+from trtserve.plugins.engines.tensorrt_llm.rules import check_role
 from trtserve.plugins.engines.tensorrt_llm.unknown_names import unknown_names
-
-DEFAULT_MAX_NUM_TOKENS = 8192
-"""TensorRT-LLM's own."""
 
 _OURS: Mapping[str, str] = {
     "model": "MODEL says it",

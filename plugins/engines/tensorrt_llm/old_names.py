@@ -76,8 +76,9 @@ def in_new_names(given: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
 
 
 def _flatten(arguments: dict[str, Any], notes: list[str]) -> None:
-    inner = arguments.pop("pytorch_backend_config", None)
+    inner = arguments.get("pytorch_backend_config")
     if isinstance(inner, Mapping):
+        del arguments["pytorch_backend_config"]
         for name, value in inner.items():
             arguments.setdefault(name, value)
         notes.append("what pytorch_backend_config held is at the top level now")

@@ -8,8 +8,8 @@ from typing import Any
 
 from trtserve.plugins.api import EngineConfig, EnginePlan, Role
 from trtserve.plugins.engines.tensorrt_llm.arguments import llm_arguments
+from trtserve.plugins.engines.tensorrt_llm.facts import Facts
 from trtserve.plugins.engines.tensorrt_llm.options import TensorRTLLMOptions
-from trtserve.plugins.engines.tensorrt_llm.rules import Facts
 
 SLURM_VARIABLES = ("SLURM_JOBID", "SLURM_JOB_ID", "SLURM_NODELIST")
 """With these MPI takes a worker for a step of the job that the server runs in, and finds no room to start its ranks

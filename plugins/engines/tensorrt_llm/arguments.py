@@ -53,8 +53,8 @@ def llm_arguments(config: EngineConfig, options: TensorRTLLMOptions) -> LLMArgum
     """Raises ArgumentsError naming every problem."""
     base = _base(config, options)
     extra, notes = _extra(options)
-    _complete_transceiver(base, extra)
     _follow(base, extra)
+    _complete_blocks(base, extra)
     problems, unknown_notes = unknown_names(extra)
     rule_problems, rule_notes = check_role(Facts(merged(base, extra), config, options))
     problems += rule_problems
@@ -164,11 +164,13 @@ def _read(path: str) -> dict[str, Any]:
     return {str(name): value for name, value in content.items()}
 
 
-def _complete_transceiver(base: Mapping[str, Any], extra: dict[str, Any]) -> None:
-    """A user's block replaces ours as a whole, and without a backend there would be no transfers at all."""
-    ours, theirs = base.get("cache_transceiver_config"), extra.get("cache_transceiver_config")
-    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        extra["cache_transceiver_config"] = {**ours, **theirs}
+def _complete_blocks(base: Mapping[str, Any], extra: dict[str, Any]) -> None:
+    """A user's block replaces ours as a whole, inside of kv_cache_config too before some 1.2 or 1.3: without this a
+    user's `dtype` would take our block size and memory fraction away, and a user's timeout the transfers."""
+    for name in ("cache_transceiver_config", "kv_cache_config"):
+        ours, theirs = base.get(name), extra.get(name)
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            extra[name] = {**ours, **theirs}
 
 
 def _follow(base: dict[str, Any], extra: Mapping[str, Any]) -> None:

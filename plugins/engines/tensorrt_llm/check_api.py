@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +62,19 @@ def check(source: Source) -> Iterator[Row]:
     """Every row, in the order of the table."""
     yield from _profiles(source)
     for name, keywords in emitted_names.GIVEN.items():
-        yield _names(name, keywords, lambda name=name: source.fields(name))
-    yield _names("LLM.generate_async", emitted_names.GENERATE_KEYWORDS, lambda: source.keywords("generate_async"))
+        yield _names(name, keywords, emitted_names.GIVEN_IF_THERE.get(name, ()), partial(_keywords, source, name))
     for name, attributes in emitted_names.READ.items():
-        yield _names(name, attributes, lambda name=name: source.attributes(name))
-    yield _names("LLM's methods", emitted_names.LLM_METHODS, lambda: source.functions(LLM_FILE))
-    yield _names("KV events", emitted_names.EVENT_TEXTS, lambda: source.texts("KVCacheEventSerializer"))
+        optional = emitted_names.READ_IF_THERE.get(name, ())
+        yield _names(name, attributes, optional, partial(source.attributes, name))
+    yield _names("LLM's methods", emitted_names.LLM_METHODS, (), partial(source.functions, LLM_FILE))
+    yield _names("KV events", emitted_names.EVENT_TEXTS, (), partial(source.texts, "KVCacheEventSerializer"))
     yield Row("executor.utils.RequestError", "ok" if source.has_class("RequestError") else "missing")
+
+
+def _keywords(source: Source, name: str) -> Iterable[str]:
+    """Of a dataclass or of a method of the LLM."""
+    owner, _, method = name.partition(".")
+    return source.keywords(method) if method else source.fields(owner)
 
 
 def _profiles(source: Source) -> Iterator[Row]:
@@ -122,12 +129,16 @@ def _unknown_inside(source: Source, field: Field, block: Mapping[str, Any]) -> I
         yield from (name for name in block if not any(name in fields for fields in known))
 
 
-def _names(what: str, ours: Iterable[str], theirs: Any) -> Row:
+def _names(what: str, ours: Iterable[str], optional: Iterable[str], theirs: Callable[[], Iterable[str]]) -> Row:
     try:
-        missing = sorted(set(ours) - set(theirs()))
+        there = set(theirs())
     except NotFoundInSource as error:
         return Row(what, "missing", str(error))
-    return Row(what, "missing" if missing else "ok", ", ".join(missing) or f"{len(set(ours))} names")
+    missing, absent = sorted(set(ours) - there), sorted(set(optional) - there)
+    if missing:
+        return Row(what, "missing", ", ".join(missing))
+    without = f"; without {', '.join(absent)}, which the engine looks for first" if absent else ""
+    return Row(what, "ok", f"{len({*ours, *optional} & there)} names{without}")
 
 
 if __name__ == "__main__":

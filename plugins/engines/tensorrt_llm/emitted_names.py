@@ -10,7 +10,9 @@ import yaml
 
 from trtserve.plugins.api import EngineConfig, Role
 from trtserve.plugins.engines.tensorrt_llm.arguments import LLMArguments, llm_arguments
+from trtserve.plugins.engines.tensorrt_llm.hand_over import DISAGGREGATED_KEYWORDS
 from trtserve.plugins.engines.tensorrt_llm.options import TensorRTLLMOptions
+from trtserve.plugins.engines.tensorrt_llm.sampling import SAMPLING_KEYWORDS
 from trtserve.settings.catalog import profiles
 from trtserve.settings.roles import for_role
 from trtserve.settings.schema import Settings
@@ -18,32 +20,33 @@ from trtserve.settings.schema import Settings
 ROLES: Mapping[str, tuple[Role, ...]] = {"agg": (Role.AGG,), "disagg": (Role.PREFILL, Role.DECODE)}
 
 GIVEN: Mapping[str, frozenset[str]] = {
-    "GuidedDecodingParams": frozenset({"json", "json_object", "regex", "grammar", "structural_tag"}),
+    "SamplingParams": SAMPLING_KEYWORDS,
+    "DisaggregatedParams": frozenset({"request_type", "first_gen_tokens", "ctx_request_id", "opaque_state"}),
     "SchedulingParams": frozenset({"attention_dp_rank", "attention_dp_relax"}),
+    "LLM.generate_async": frozenset({"inputs", "sampling_params", "streaming", "disaggregated_params"}),
 }
-"""Keywords of dataclasses, by class."""
+"""Keywords that every version must have, by class or method."""
 
-GENERATE_KEYWORDS = frozenset(
-    {"inputs", "sampling_params", "streaming", "disaggregated_params", "scheduling_params", "cache_salt"}
-)
+GIVEN_IF_THERE: Mapping[str, frozenset[str]] = {
+    "DisaggregatedParams": DISAGGREGATED_KEYWORDS,
+    "LLM.generate_async": frozenset({"scheduling_params", "cache_salt"}),
+}
+"""Keywords that the engine looks for first."""
 
 READ: Mapping[str, frozenset[str]] = {
-    "GenerationResult": frozenset(
-        {"request_id", "outputs", "finished", "cached_tokens", "disaggregated_params", "abort", "__anext__"}
-    ),
-    "CompletionOutput": frozenset(
-        {"index", "token_ids", "logprobs", "finish_reason", "stop_reason", "disaggregated_params"}
-    ),
+    "GenerationResult": frozenset({"outputs", "finished", "abort", "aresult", "__aiter__", "__anext__"}),
+    "CompletionOutput": frozenset({"token_ids", "logprobs", "finish_reason", "stop_reason", "disaggregated_params"}),
 }
 """Attributes that are read of results."""
+
+READ_IF_THERE: Mapping[str, frozenset[str]] = {"GenerationResult": frozenset({"cached_tokens", "decoding_iter"})}
 
 LLM_METHODS = frozenset({"generate_async", "get_kv_cache_events_async", "get_stats_async", "shutdown"})
 
 EVENT_TEXTS = frozenset(
     {
-        *("event_id", "data", "window_size", "attention_dp_rank", "type"),
-        *("created", "stored", "removed", "updated"),
-        *("parent_hash", "blocks", "block_hash", "block_hashes", "tokens", "token_id", "cache_level"),
+        *("event_id", "data", "window_size", "type", "created", "num_blocks_per_cache_level"),
+        *("stored", "parent_hash", "blocks", "block_hash", "tokens", "token_id", "removed", "block_hashes"),
     }
 )
 """Keys and types of KV events that are looked at."""

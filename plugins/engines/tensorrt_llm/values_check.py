@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -38,8 +38,19 @@ class ArgumentValues:
         except (ValidationError, ValueError, TypeError, AssertionError) as error:
             return [f"update_llm_args_with_extra_dict: {_first_line(error)}"]
         fields = self._module.TorchLlmArgs.model_fields
-        found = [(name, _refusal(fields[name].annotation, value)) for name, value in merged.items() if name in fields]
+        found = list(_lost(merged, arguments.merged()))
+        found += [(name, _refusal(fields[name].annotation, value)) for name, value in merged.items() if name in fields]
         return [f"{name}: {why}" for name, why in found if why]
+
+
+def _lost(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What `LLMArguments.merged` has, and the rules were checked on, but TensorRT-LLM's merging has not."""
+    for name, value in ours.items():
+        if name not in theirs:
+            yield name, "is lost in merging"
+        elif isinstance(value, Mapping) and isinstance(theirs[name], Mapping) and dict(value) != dict(theirs[name]):
+            lost = sorted(key for key in value if key not in theirs[name] or theirs[name][key] != value[key])
+            yield name, f"{', '.join(lost)} is lost in merging"
 
 
 def _installed(package: Path) -> ModuleType | None:

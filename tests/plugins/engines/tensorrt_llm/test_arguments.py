@@ -102,6 +102,13 @@ def test_merging_is_shallow_but_for_the_kv_cache():
     assert (below, above) == before
 
 
+def test_versions_that_merge_blocks_and_those_that_replace_them_make_the_same():
+    decode = EngineConfig("/models/m", Role.DECODE, block_size=32)
+    arguments = made(decode, llm_args={"kv_cache_config": {"dtype": "fp8"}, "cache_transceiver_config": {}})
+    assert {**arguments.base, **arguments.extra} == arguments.merged()
+    assert arguments.extra["kv_cache_config"]["tokens_per_block"] == 32
+
+
 def test_inline_arguments_come_before_the_file_and_both_before_ours(tmp_path):
     path = tmp_path / "extra.yaml"
     path.write_text(yaml.safe_dump({"stream_interval": 2, "max_batch_size": 5, "kv_cache_config": {"dtype": "fp8"}}))
@@ -158,7 +165,7 @@ def test_all_problems_at_once():
 
 def test_names_of_other_versions_are_passed_on_with_a_note():
     arguments = made(llm_args={"kv_cache_config": {"use_kv_cache_manager_v2": True}, "model_kwargs": {}})
-    assert arguments.extra["kv_cache_config"] == {"use_kv_cache_manager_v2": True}
+    assert arguments.extra["kv_cache_config"]["use_kv_cache_manager_v2"] is True
     assert sum("is not in every TensorRT-LLM 1.2" in note for note in arguments.notes) == 2
 
 

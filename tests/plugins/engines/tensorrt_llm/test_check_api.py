@@ -195,7 +195,7 @@ def test_what_is_missing_is_named(checkout):
     assert code == 1
     assert rows["agg agg"] == "enable_iter_perf_stats; kv_cache_config.tokens_per_block"
     assert "speculative_config.num_nextn_predict_layers" in rows["deepseek_r1/mtp_agg agg"]
-    assert rows["LLM.generate_async"] == "cache_salt"
+    assert rows["LLM.generate_async"].endswith("; without cache_salt, which the engine looks for first")
     assert rows["SchedulingParams"] == "attention_dp_relax"
     assert rows["KV events"] == "parent_hash"
     assert rows["CompletionOutput"] == "stop_reason"

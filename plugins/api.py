@@ -276,12 +276,13 @@ class EngineInfo:
     num_blocks: int
     max_num_seqs: int
     max_num_tokens: int
-    max_seq_len: int
+    max_seq_len: int  # prompt and output
     vocab_size: int
     publishes_kv_events: bool = True
     caches_prefixes: bool = True  # the KV of equal prompt beginnings is reused
     supports_logprobs: bool = True
     max_logprobs: int = 20
+    max_prompt_tokens: int | None = None  # of a prompt that this engine computes; None: one less than max_seq_len
     moves_kv: bool = False
     kv_fingerprint: str = ""  # with moves_kv: only engines with equal ones understand each other's descriptors
     num_ranks: int = 1  # attention-DP ranks: each has its own KV cache of num_blocks and runs max_num_seqs

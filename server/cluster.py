@@ -22,6 +22,7 @@ from trtserve.plugins.api import (
     WorkerId,
 )
 from trtserve.plugins.blocks import block_hashes
+from trtserve.server.context import ContextLimits, context_limits
 from trtserve.server.departures import Departures
 from trtserve.server.errors import Overloaded
 from trtserve.server.hand_over import EXTEND_S, ServerHandOver
@@ -49,7 +50,7 @@ class ServerCluster:
         self._route_seconds = metrics.stages["route"]
         self._pool: WorkerPool | None = None
         self._came = asyncio.Event()
-        self._max_seq_len: int | None = None
+        self._limits: ContextLimits | None = None
         self._block_size: int | None = None
         self._explained: dict[RequestId, list[Booking]] = {}
         self._notes: dict[RequestId, dict[str, str | float]] = {}
@@ -169,8 +170,8 @@ class ServerCluster:
     def capacity_changed(self) -> None:
         """A worker has come or gone."""
         infos = self._router.infos()
-        self._max_seq_len = min((info.max_seq_len for info in infos), default=None)
-        self._block_size = infos[0].block_size if infos else None  # all have one size: the handshake sees to it
+        self._limits = context_limits(infos)
+        self._block_size = infos[0][1].block_size if infos else None  # all have one size: the handshake sees to it
         port = next((client.kv.port for client in self.pool if client.kv.port is not None), None)
         if port is not None and self._block_size:
             self._transfer_times.bytes_per_token = port.block_bytes / self._block_size
@@ -229,12 +230,12 @@ class ServerCluster:
 
     # -------------------------------------------------------------- questions
 
-    def max_seq_len(self) -> int:
-        """The longest sequence that every ready worker takes. Raises Overloaded when none is ready."""
-        if self._max_seq_len is None:
+    def context_limits(self) -> ContextLimits:
+        """How long prompts and sequences may be. Raises Overloaded when no worker is ready."""
+        if self._limits is None:
             self._metrics.rejections.labels("no_worker").inc()
             raise Overloaded("no worker is ready", code="no_worker", retry_after_s=5.0)
-        return self._max_seq_len
+        return self._limits
 
     def is_ready(self, roles: set[Role]) -> bool:
         """Whether a worker of every role is ready."""

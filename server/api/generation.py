@@ -265,10 +265,10 @@ class Generation:
 
     async def _requests(self) -> list[Request]:
         params, model, live = self.prepared.params, self.serving.model, self.serving.live
-        max_seq_len = self.serving.cluster.max_seq_len()
+        limits = self.serving.cluster.context_limits()
         requests = []
         for prompt in self.prepared.prompts:
-            max_tokens = max_tokens_for(params, len(prompt), max_seq_len)
+            max_tokens = max_tokens_for(params, len(prompt), limits.max_seq_len, limits.max_prompt_tokens)
             hashes = await self.serving.cluster.hash_prompt(prompt, params.cache_salt)
             for index in range(params.n):
                 sampling = to_sampling_params(params, model.defaults, model.vocab_size, max_tokens, index)

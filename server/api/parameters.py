@@ -89,11 +89,13 @@ def sampling_defaults(generation_config: Mapping[str, object]) -> SamplingDefaul
     return SamplingDefaults(**found)
 
 
-def max_tokens_for(params: GenerationParams, num_prompt_tokens: int, max_seq_len: int) -> int:
+def max_tokens_for(
+    params: GenerationParams, num_prompt_tokens: int, max_seq_len: int, max_prompt_tokens: int | None = None
+) -> int:
     """How many tokens a choice may generate: what was asked for, or the rest of the context.
 
-    Raises ContextLengthExceeded where prompt and output do not fit in max_seq_len tokens, InvalidRequest where the
-    prompt has no token or min_tokens is more than what is left.
+    Raises ContextLengthExceeded where prompt and output do not fit in max_seq_len tokens or the prompt is longer than
+    the engines take, InvalidRequest where the prompt has no token or min_tokens is more than what is left.
     """
     source = "messages" if params.messages else "prompt"
     if num_prompt_tokens < 1:
@@ -103,6 +105,12 @@ def max_tokens_for(params: GenerationParams, num_prompt_tokens: int, max_seq_len
         raise ContextLengthExceeded(
             f"The prompt has {num_prompt_tokens} tokens and this model's context is {max_seq_len}, of which 1 is "
             f"needed for the answer; shorten the prompt by {1 - room} tokens or more.",
+            param=source,
+        )
+    if max_prompt_tokens is not None and num_prompt_tokens > max_prompt_tokens:
+        raise ContextLengthExceeded(
+            f"The prompt has {num_prompt_tokens} tokens and prompts of up to {max_prompt_tokens} are taken; shorten it "
+            f"by {num_prompt_tokens - max_prompt_tokens} tokens or more.",
             param=source,
         )
     wanted = room if params.max_tokens is None else params.max_tokens

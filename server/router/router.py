@@ -121,9 +121,9 @@ class Router:
         worker = self.core.workers.get(worker_id)
         return (worker.counts.booked_requests, worker.counts.booked_tokens) if worker is not None else (0, 0)
 
-    def infos(self) -> list[EngineInfo]:
-        """What the ready workers can do."""
-        return [worker.counts.info for worker in self.core.workers.values()]
+    def infos(self) -> list[tuple[Role, EngineInfo]]:
+        """What the ready workers are and can do."""
+        return [(worker.counts.role, worker.counts.info) for worker in self.core.workers.values()]
 
     def describe(self) -> dict[str, Any]:
         """The state in detail, JSON-able."""

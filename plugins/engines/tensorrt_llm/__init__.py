@@ -7,7 +7,6 @@ it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -25,8 +24,9 @@ def make_engine(name: str, config: EngineConfig) -> Engine | None:
     """The engine, not yet started; imports tensorrt_llm no sooner than its start."""
     if name != _NAME:
         return None
-    engine: Engine = import_module(f"{__name__}.engine").TensorRTLLMEngine(config)
-    return engine
+    from trtserve.plugins.engines.tensorrt_llm.engine import TensorRTLLMEngine
+
+    return TensorRTLLMEngine(config)
 
 
 @hookimpl

@@ -40,6 +40,7 @@ class Executor:
     max_num_seqs: int
     max_num_tokens: int
     max_seq_len: int
+    max_prompt_tokens: int | None  # without chunked prefill no prompt is longer than a pass
     vocab_size: int
     num_ranks: int  # attention-DP ranks
     publishes_kv_events: bool
@@ -87,7 +88,8 @@ def _describe(llm: Any, library: Library, config: EngineConfig, options: TensorR
         block_size=int(_get(cache, "tokens_per_block", 32)),
         max_num_seqs=int(args.max_batch_size or _DEFAULT_BATCH_SIZE),
         max_num_tokens=max_num_tokens,
-        max_seq_len=_max_seq_len(args, model, max_num_tokens),
+        max_seq_len=int(args.max_seq_len or model.get("max_position_embeddings") or max_num_tokens),
+        max_prompt_tokens=None if getattr(args, "enable_chunked_prefill", False) else max_num_tokens,
         vocab_size=int(model.get("vocab_size") or 0),
         num_ranks=int(args.tensor_parallel_size) if getattr(args, "enable_attention_dp", False) else 1,
         publishes_kv_events=reuses and bool(_get(cache, "event_buffer_max_size", 0)),
@@ -112,12 +114,6 @@ def _model_config(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads((path / "config.json").read_text())
     text = content.get("text_config")
     return content | text if isinstance(text, dict) else content
-
-
-def _max_seq_len(args: Any, model: Mapping[str, Any], max_num_tokens: int) -> int:
-    """Without chunked prefill no prompt is longer than a pass."""
-    longest = int(args.max_seq_len or model.get("max_position_embeddings") or max_num_tokens)
-    return longest if getattr(args, "enable_chunked_prefill", False) else min(longest, max_num_tokens)
 
 
 def _num_draft_tokens(args: Any) -> int:

@@ -134,6 +134,7 @@ class Serving:
             max_num_tokens=executor.max_num_tokens,
             max_seq_len=min(executor.max_seq_len, blocks * executor.block_size),
             vocab_size=executor.vocab_size,
+            max_prompt_tokens=executor.max_prompt_tokens,
             publishes_kv_events=executor.publishes_kv_events,
             caches_prefixes=executor.caches_prefixes,
             moves_kv=bool(executor.kv_fingerprint),

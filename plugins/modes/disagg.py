@@ -112,10 +112,12 @@ class DisaggregatedMode:
             cluster.count("prefill_moved_to_decode")
             return None
         first = replace(request, sampling=replace(request.sampling, max_tokens=1))
+        # What nobody is to go on with must not be kept: some engines free it by a time limit only.
+        kept_for = kv if request.sampling.max_tokens > 1 else None
         for attempt in range(PREFILL_ATTEMPTS):
             try:
                 with await cluster.place(first, Role.PREFILL) as placement:
-                    return await cluster.run(placement, first, kept, kv)
+                    return await cluster.run(placement, first, kept, kept_for)
             except WorkerFailure:
                 if kept.tokens:
                     return Finish(FinishReason.LENGTH)

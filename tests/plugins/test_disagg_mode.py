@@ -178,6 +178,7 @@ async def test_an_answer_that_ends_with_its_first_token_is_the_prefills_alone(en
     cluster = PlayedCluster(([7], end))
     finish, sink = await run(cluster, max_tokens=max_tokens)
     assert (finish.reason, sink.tokens, cluster.placed) == (end, [7], [("prefill", False)])
+    assert cluster.submitted[0][1] is (max_tokens > 1), "KV that nobody will ask for is not kept"
 
 
 async def test_a_long_prompt_is_read_while_it_is_computed():

@@ -200,5 +200,4 @@ class GenerationResult:
         output.finish_reason, output.stop_reason = response.finish_reason, response.stop_reason
         output.request_perf_metrics = response.perf_metrics
         if response.trimmed:
-            del output.token_ids[-response.trimmed :]
-            del output.logprobs[len(output.token_ids) :]
+            del output.token_ids[-response.trimmed :]  # and no log probability: there are more of them from here on

@@ -95,6 +95,35 @@ def test_what_the_plan_tells():
     assert "TLLM_WORKER_USE_SINGLE_PROCESS=1" in decode and "environment without SLURM_JOBID" in decode
 
 
+def test_a_file_for_an_older_tensorrt_llm_is_understood(tmp_path):
+    """As NVIDIA Dynamo's examples of early 2025 had them."""
+    path = tmp_path / "agg_llm_api_config.yaml"
+    path.write_text(
+        """
+        backend: pytorch
+        tensor_parallel_size: 4
+        moe_expert_parallel_size: 4
+        max_batch_size: 256
+        kv_cache_config: {free_gpu_memory_fraction: 0.85}
+        pytorch_backend_config:
+          use_cuda_graph: true
+          cuda_graph_padding_enabled: true
+          cuda_graph_batch_sizes: [1, 256]
+          enable_overlap_scheduler: true
+          kv_cache_dtype: fp8
+        """
+    )
+    settings, plan = planned("--extra-llm-api-options", str(path), "--workers=2")
+    arguments = plan.engines[Role.AGG].arguments
+    assert arguments["cuda_graph_config"] == {"enable_padding": True, "batch_sizes": [1, 256]}
+    assert (arguments["max_batch_size"], arguments["disable_overlap_scheduler"]) == (256, False)
+    cache = {"dtype": "fp8", "free_gpu_memory_fraction": 0.85, "tokens_per_block": 16}
+    assert cache.items() <= arguments["kv_cache_config"].items()
+    text = describe_plan(settings, plan)
+    assert f"#   note: {path}: kv_cache_dtype is kv_cache_config.dtype now" in text
+    assert "#   agg-1   role agg, engine tensorrt_llm, on GPUs 4,5,6,7" in text
+
+
 @pytest.mark.parametrize(("variable", "backend"), [("UCX", "UCX"), ("NIXL", "NIXL")])
 def test_the_examples_variables_choose_how_kv_moves(monkeypatch, variable, backend):
     monkeypatch.setenv(f"TRTLLM_USE_{variable}_KVCACHE", "1")

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from trtserve.plugins.api import EngineConfig, PlanRefused, Role
+from trtserve.plugins.engines.tensorrt_llm.options import TensorRTLLMOptions
 from trtserve.plugins.engines.tensorrt_llm.plan import SLURM_VARIABLES, plan_worker
+
+DOCS = Path(__file__).parents[4] / "docs" / "profiles.md"
 
 
 def plan(role=Role.AGG, **options):
@@ -45,3 +50,8 @@ def test_which_roles_move_kv(role):
 def test_problems_come_as_the_contract_says():
     with pytest.raises(PlanRefused, match="max_beam_width"):
         plan(llm_args={"max_beam_width": 2})
+
+
+def test_every_option_is_in_the_docs():
+    text = DOCS.read_text()
+    assert [name for name in TensorRTLLMOptions.model_fields if f"`{name}`" not in text] == []

@@ -102,7 +102,7 @@ class EventTranslator:
         self._block_size = block_size
         self._salts = salts
         self._ranks: dict[int, RankEvents] = {}
-        self._next_id: int | None = None
+        self._next_ids: dict[int, int] = {}  # each rank counts its own events
         self._window: int | None = None  # the widest: others are of layers that see less
         self.num_lost = 0
         self.num_blocks: int | None = None  # in a rank's GPU memory, once `created` has told it
@@ -112,8 +112,8 @@ class EventTranslator:
 
         Raises KeyError or TypeError where a known kind has not its documented shape.
         """
-        self._count(event["event_id"])
         rank, data = int(event.get("attention_dp_rank") or 0), event["data"]
+        self._count(event["event_id"], rank)
         if not self._is_full_window(event.get("window_size")):
             return rank, ()
         blocks = self._ranks.get(rank)
@@ -131,16 +131,17 @@ class EventTranslator:
             case _:  # updated: a block in host memory can still be used
                 return rank, ()
 
-    def _count(self, event_id: int) -> None:
-        if self._next_id is not None and event_id > self._next_id:
+    def _count(self, event_id: int, rank: int) -> None:
+        expected = self._next_ids.get(rank, event_id)
+        if event_id > expected:
             if not self.num_lost:
                 logger.warning(
                     "KV events %d to %d were lost: raise kv_cache_config.event_buffer_max_size",
-                    self._next_id,
+                    expected,
                     event_id - 1,
                 )
-            self.num_lost += event_id - self._next_id
-        self._next_id = event_id + 1
+            self.num_lost += event_id - expected
+        self._next_ids[rank] = event_id + 1
 
     def _is_full_window(self, window: int | None) -> bool:
         if window is None:

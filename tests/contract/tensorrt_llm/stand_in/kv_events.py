@@ -19,6 +19,10 @@ class EventBuffer:
         self._next_id = 0
 
     def add(self, data: dict[str, Any]) -> None:
+        """One removal directly after another one joins its event."""
+        if data["type"] == "removed" and self._waiting and self._waiting[-1]["data"]["type"] == "removed":
+            self._waiting[-1]["data"]["block_hashes"] += data["block_hashes"]
+            return
         event_id = self._next_id
         self._next_id += 1
         if self._drop_every and event_id and event_id % self._drop_every == 0:

@@ -144,6 +144,10 @@ class Output:
     error: str | None = None  # with FinishReason.ERROR: a sentence for the client
     kv_handle: KVHandle | None = None  # engines that move KV themselves: with the last output of a prefill
     kv_lost: bool = False  # with FinishReason.ERROR and no token ever: the request's kv_handle could not be taken
+    is_refused: bool = False  # with FinishReason.ERROR: the request asks for what this engine cannot do
+    speculation: tuple[int, int] | None = (
+        None  # with the last output, where tokens were drafted: how many, how many kept
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,6 +289,7 @@ class EngineInfo:
     max_prompt_tokens: int | None = None  # of a prompt that this engine computes; None: one less than max_seq_len
     moves_kv: bool = False
     kv_fingerprint: str = ""  # with moves_kv: only engines with equal ones understand each other's descriptors
+    supports_cache_salt: bool = True  # `Request.cache_salt` keeps caches apart; without it, such requests are refused
     num_ranks: int = 1  # attention-DP ranks: each has its own KV cache of num_blocks and runs max_num_seqs
     about: tuple[tuple[str, str], ...] = ()  # versions and the like, by name, for people; a few short texts
 
@@ -417,7 +422,9 @@ class Finish:
     stop_token_id: int | None = None
     error: str | None = None
     kv_handle: KVHandle | None = None
-    kv_lost: bool = False  # as `Output.kv_lost`
+    kv_lost: bool = False  # as `Output.kv_lost`, and so the other two
+    is_refused: bool = False
+    speculation: tuple[int, int] | None = None
 
 
 class Placement(Protocol):

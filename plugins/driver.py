@@ -204,7 +204,7 @@ class Driver:
         try:
             self._engine.add(request)
         except RequestRefused as refusal:
-            output = Output(request.id, finish_reason=FinishReason.ERROR, error=str(refusal))
+            output = Output(request.id, finish_reason=FinishReason.ERROR, error=str(refusal), is_refused=True)
             self._deliver(sink, StepOutputs((output,), self._engine.stats()))
         else:
             self._live.add(request.id)

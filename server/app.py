@@ -31,6 +31,7 @@ from trtserve.server.http import AddressError, serve_http
 from trtserve.server.metrics import Metrics
 from trtserve.server.model.errors import ModelError
 from trtserve.server.model.folder import ModelFolder
+from trtserve.server.pair_warm_up import PairWarmUp
 from trtserve.server.reports import WorkerReports
 from trtserve.server.requests import LiveRequests
 from trtserve.server.roles import RoleChanges
@@ -93,7 +94,9 @@ class Server:
         self._cluster = ServerCluster(router, self._metrics)
         self._launcher = manager.make_launcher(settings.launcher)
         self._token = given_token(settings) or secrets.token_hex(32)
-        self._pool = WorkerPool(self._expectation(), WorkerReports(router, self._cluster.capacity_changed))
+        changed = self._cluster.capacity_changed
+        self._pairs = PairWarmUp(lambda: list(self._pool), self._cluster, changed)
+        self._pool = WorkerPool(self._expectation(), WorkerReports(router, changed, self._pairs.begin))
         self._cluster.attach(self._pool)
         self._stop_signals = 0
         self._stop = asyncio.Event()
@@ -151,6 +154,7 @@ class Server:
                     group.create_task(self._announce(), name="announce"),
                     group.create_task(self._measure_loop_delay(), name="loop-delay"),
                     group.create_task(self._cluster.extend_leases(), name="leases"),
+                    group.create_task(self._pairs.run(), name="pairs"),
                 ]
                 if not self._plan.workers:
                     print(f"{self._url()} is up, waiting for workers at {endpoint}", flush=True)

@@ -239,7 +239,8 @@ class ServerCluster:
 
     def is_ready(self, roles: set[Role]) -> bool:
         """Whether a worker of every role is ready."""
-        return roles <= {client.role for client in self.pool if client.state is WorkerState.READY}
+        ready = (client for client in self.pool if client.state is WorkerState.READY and not client.is_warming)
+        return roles <= {client.role for client in ready}
 
     async def ready(self, roles: set[Role]) -> None:
         """Return when a worker of every role is ready."""
@@ -272,6 +273,8 @@ class ServerCluster:
             cached_tokens=load.cached_tokens_total,
             generated_tokens=load.generated_tokens_total,
             preemptions=load.preemptions_total,
+            drafted_tokens=load.drafted_tokens_total,
+            accepted_tokens=load.accepted_tokens_total,
             indexed_blocks=sum(blocks for blocks, _ in indexed),
             event_gaps=sum(gaps for _, gaps in indexed),
         )

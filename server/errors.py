@@ -165,6 +165,12 @@ class EngineFailed(ServeError):
     default_code = "engine_error"
 
 
+class EngineRefused(InvalidRequest):
+    """The engine cannot do what the request asks for."""
+
+    default_code = "not_supported_by_engine"
+
+
 class Internal(ServeError):
     """A defect of this server. The log has the traceback; the client gets no details."""
 

@@ -54,6 +54,8 @@ class WorkerSample:
     cached_tokens: int
     generated_tokens: int
     preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
     indexed_blocks: int = 0
     event_gaps: int = 0
 
@@ -234,6 +236,8 @@ _WORKER_COUNTERS: dict[str, _Reader] = {
     "cached_prompt_tokens": ("Prompt tokens from the prefix cache", lambda worker: worker.cached_tokens),
     "generation_tokens": ("Generated tokens", lambda worker: worker.generated_tokens),
     "preemptions": ("Sequences preempted", lambda worker: worker.preemptions),
+    "drafted_tokens": ("Tokens proposed by speculative decoding", lambda worker: worker.drafted_tokens),
+    "accepted_tokens": ("Tokens proposed by speculative decoding and kept", lambda worker: worker.accepted_tokens),
     "kv_event_gaps": ("Times that KV events were missed, and all blocks asked for", lambda worker: worker.event_gaps),
 }
 

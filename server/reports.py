@@ -27,9 +27,13 @@ _Report: TypeAlias = tuple[int, tuple[Change, ...]] | PassStats
 class WorkerReports:
     """Implements `PoolListener` for the router."""
 
-    def __init__(self, router: Router, capacity_changed: Callable[[], None]) -> None:
-        """`capacity_changed` is called when a worker has come or gone."""
+    def __init__(
+        self, router: Router, capacity_changed: Callable[[], None], warm_pairs: Callable[[WorkerClient], None]
+    ) -> None:
+        """`capacity_changed` is called when a worker has come or gone, `warm_pairs` before the router places anything
+        on one that came."""
         self._router = router
+        self._warm_pairs = warm_pairs
         self._capacity_changed = capacity_changed
         self._peers = KVPeers()
         self._early: dict[WorkerId, deque[tuple[int, _Report]]] = {}  # by worker, with the rank
@@ -54,6 +58,7 @@ class WorkerReports:
             else:
                 router.events(routed[rank], *report)
         self._peers.ready(client)
+        self._warm_pairs(client)
         self._capacity_changed()
         router.plan(client.role)
 

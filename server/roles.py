@@ -87,6 +87,9 @@ class RoleChanges:
             raise Conflict(f"{client.worker_id} is being drained for another role already.", code="draining_already")
         if client.state is not WorkerState.READY:
             raise Conflict(f"{client.worker_id} is not ready: {client.phase}.", code="worker_not_ready")
+        if client.moves_kv:
+            text = f"{client.worker_id} has an engine that was set up for the role {client.role}; it cannot change it."
+            raise Conflict(text, code="no_kv")
         if client.kv.port is None:
             raise Conflict(f"{client.worker_id} cannot give or take KV, so it cannot change roles.", code="no_kv")
         self._check_not_last(client, force)

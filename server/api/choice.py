@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 from trtserve.plugins.api import Finish, FinishReason, TokenLogprob
-from trtserve.server.errors import EngineFailed, Internal, RequestCancelled, ServeError
+from trtserve.server.errors import EngineFailed, EngineRefused, Internal, RequestCancelled, ServeError
 from trtserve.server.text.text_stream import TextStream
 
 logger = logging.getLogger(__name__)
@@ -147,6 +147,8 @@ class Choice:
     def end(self, finish: Finish) -> None:
         """Give out the rest of the text. Raises what the client must be told if the engine did not end it well."""
         self.last_token_s = time.monotonic()
+        if finish.is_refused:
+            raise EngineRefused(finish.error or "the engine cannot serve this request")
         if finish.reason is FinishReason.ERROR:
             raise EngineFailed(finish.error or "the engine gave up on this request")
         if finish.reason is FinishReason.CANCELLED:

@@ -222,6 +222,9 @@ class Generation:
 
     async def _run_one(self, request: Request, choice: Choice, on_end: OnEnd) -> None:
         finish = await self.serving.mode.run(request, choice, self.serving.cluster)
+        if finish.speculation is not None:
+            drafted, accepted = finish.speculation
+            self.serving.cluster.note(request.id, drafted_tokens=drafted, accepted_tokens=accepted)
         choice.end(finish)
         self.serving.metrics.finished[choice.finish_reason or ""].inc()
         on_end(choice, all(other.finish_reason is not None for other in self.choices))

@@ -86,6 +86,7 @@ class WorkerClient:
         self.state = WorkerState.STARTING
         self.phase = "not started"
         self.info: EngineInfo | None = None
+        self.is_warming = False  # ready, and not to be given requests yet: see `PairWarmUp`
         self.routed_ids = [worker_id]
         """By which the router knows it: one a rank, see `ranks`."""
         self._loads = {0: WorkerLoad()}  # by rank
@@ -122,6 +123,7 @@ class WorkerClient:
     def gone(self, reason: str) -> None:
         """The process has ended or is given up: every request on it fails now, with that reason. Idempotent."""
         self.state = WorkerState.GONE
+        self.is_warming = False
         self.phase = reason
         self._send = None
         cancelled, self._cancelled = self._cancelled, {}
@@ -302,7 +304,16 @@ class WorkerClient:
         self._pushes.pop(detail.request_id, None)
         run = self._runs.pop(detail.request_id, None)
         if run is not None and not run.ended.done():
-            run.ended.set_result(Finish(reason, detail.stop_token_id, detail.error, handle, detail.kv_lost))
+            finish = Finish(
+                reason,
+                detail.stop_token_id,
+                detail.error,
+                handle,
+                detail.kv_lost,
+                detail.is_refused,
+                detail.speculation,
+            )
+            run.ended.set_result(finish)
         self._listener.on_ended(self, detail.request_id)
 
     def stop(self, request_id: RequestId) -> bool:

@@ -158,4 +158,5 @@ class WarmUp:
         token_ids = range(size // 4, max(size - size // 4, 1))
         prompt = array("i", self._random.choices(token_ids, k=probe.prompt_tokens))
         sampling = SamplingParams(max_tokens=probe.max_tokens, temperature=0.0, ignore_eos=True)
-        return Request(RequestId(next(self._ids)), prompt, sampling, cache_salt=CACHE_SALT)
+        salt = CACHE_SALT if self._info.supports_cache_salt else ""
+        return Request(RequestId(next(self._ids)), prompt, sampling, cache_salt=salt)

@@ -121,6 +121,8 @@ class Detail(msgspec.Struct, frozen=True, array_like=True, omit_defaults=True):
     logprobs: tuple[TokenLogprob, ...] | None = None
     kv_handle: KVHandle | None = None
     kv_lost: bool = False
+    is_refused: bool = False
+    speculation: tuple[int, int] | None = None
 
 
 class Step(msgspec.Struct, tag="step", frozen=True, array_like=True):
@@ -332,6 +334,8 @@ def _detail_of(output: Output) -> Detail:
         output.logprobs,
         output.kv_handle,
         output.kv_lost,
+        output.is_refused,
+        output.speculation,
     )
 
 

@@ -44,7 +44,7 @@ class Quiet:
 async def house():
     core = RoutingCore(PluginManager().make_policy("kv", PolicyConfig()), resync=lambda worker_id: None)
     router = Router(core, QueueLimits(10, 10_000), Metrics())
-    reports = WorkerReports(router, lambda: None)
+    reports = WorkerReports(router, lambda: None, lambda client: None)
     client = WorkerClient(WorkerId("agg-0"), Role.AGG, reports)
     sent = []
     client.connected(lambda message: sent.append(message) or True, 1)

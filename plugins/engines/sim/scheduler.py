@@ -22,7 +22,7 @@ durations with `plan_decodes` and runs those that it needs at once with `run_dec
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trtserve.plugins.api import (
     FinishReason,
@@ -227,7 +227,9 @@ class Scheduler:
         if end >= sequence.next_full:
             sequence.fill(self.pool)
         sequence.num_accepted = accepted
-        self._counters.drafted_tokens += drafted
+        if drafted:
+            self._counters.drafted_tokens += drafted
+            sequence.num_drafted_total += drafted
         batch.take(sequence, begin, drafted)
         return True
 
@@ -241,12 +243,16 @@ class Scheduler:
             if sequence.num_accepted:
                 # The drafts that were kept have their KV already, as the pass that checks them computes it.
                 counters.accepted_tokens += count - 1
+                sequence.num_kept_total += count - 1
                 sequence.num_computed += count - 1
                 sequence.num_accepted = 0
                 if sequence.num_computed >= sequence.next_full:
                     sequence.fill(self.pool)
             if output.finish_reason is not None:
                 ended.append(sequence)
+                if self._speculation is not None:
+                    told = sequence.num_drafted_total, sequence.num_kept_total
+                    outputs[-1] = replace(output, speculation=told)
         self._remove_ended(ended)
         return outputs
 

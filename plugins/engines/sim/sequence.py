@@ -34,6 +34,8 @@ class Sequence:
         "num_accepted",
         "num_cached",
         "num_computed",
+        "num_drafted_total",
+        "num_kept_total",
         "num_prompt_blocks",
         "num_prompt_tokens",
         "num_tokens",
@@ -50,6 +52,7 @@ class Sequence:
         self.hashes = self._prompt_hashes(request, block_size) if reuse else []
         self.num_cached: int | None = None  # prompt tokens reused when first scheduled
         self.num_accepted = 0  # drafted tokens that the pass under way keeps
+        self.num_drafted_total = self.num_kept_total = 0
         self._stream = stream
         self._block_size = block_size
         self._reuses = reuse

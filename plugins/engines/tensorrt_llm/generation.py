@@ -122,20 +122,20 @@ class Generation:
         """Returns what was wrong with the request, if anything. Raises what means that the executor is broken."""
         live = self._live[request_id]
         reader = ResultReader(live.request)
-        error, lost = None, False
+        error: BaseException | None = None
+        lost = False
         try:
             if not live.is_cancelled:
                 await self._generate(live, reader)
         except (self._library.request_error, RequestRefused, ValueError) as problem:
             # A decode that never gave a token may still be computed from its prompt, here.
-            error, lost = str(problem), live.is_moving and live.request.kv_handle is not None
+            error, lost = problem, live.is_moving and live.request.kv_handle is not None
         finally:
             del self._live[request_id]
-            iterations = int(getattr(live.result, "decoding_iter", 0) or 0)
-            self._books[live.rank].ended(request_id, reader.num_tokens, iterations)
+            self._books[live.rank].ended(request_id)
         if not reader.has_ended:
             self._report.output(_end(live, error, lost), live.rank)
-        return error
+        return None if error is None else str(error)
 
     async def _generate(self, live: _Live, reader: ResultReader) -> None:
         request = live.request
@@ -157,7 +157,9 @@ class Generation:
     def _submit(self, live: _Live, is_prefill: bool) -> Any:
         request, keywords = live.request, self._library.generate_keywords
         given: dict[str, Any] = {"sampling_params": self._sampling.make(request), "streaming": not is_prefill}
-        if request.cache_salt and "cache_salt" in keywords:
+        if request.cache_salt:
+            if "cache_salt" not in keywords:
+                raise RequestRefused(f"TensorRT-LLM {self._library.version} cannot keep caches apart by cache_salt.")
             given["cache_salt"] = request.cache_salt
         disaggregated = self._disaggregated(request, is_prefill)
         if disaggregated is not None:
@@ -185,8 +187,13 @@ class Generation:
 
     def _read(self, live: _Live, reader: ResultReader, result: Any) -> None:
         output = reader.read(result)
-        if output is not None:
-            self._tell(live, output)
+        if output is None:
+            return
+        if output.finish_reason is not None:
+            passes = int(getattr(result, "decoding_iter", 0) or 0)
+            speculation = self._books[live.rank].speculated(reader.num_tokens, passes)
+            output = replace(output, speculation=speculation)
+        self._tell(live, output)
 
     def _tell(self, live: _Live, output: Output) -> None:
         self._books[live.rank].generated(live.request.id, len(output.token_ids), output.cached_tokens)
@@ -218,8 +225,14 @@ class Generation:
         self._first_tokens.learn(live.request, live.result.outputs[0])
 
 
-def _end(live: _Live, error: str | None, lost: bool) -> Output:
+def _end(live: _Live, error: BaseException | None, lost: bool) -> Output:
     if live.is_cancelled:
         return Output(live.request.id, finish_reason=FinishReason.CANCELLED)
-    text = error or "The engine ended this request without a result."
-    return Output(live.request.id, finish_reason=FinishReason.ERROR, error=text, kv_lost=lost)
+    text = str(error) if error is not None else "The engine ended this request without a result."
+    return Output(
+        live.request.id,
+        finish_reason=FinishReason.ERROR,
+        error=text,
+        kv_lost=lost,
+        is_refused=isinstance(error, (RequestRefused, ValueError)),
+    )

@@ -135,6 +135,7 @@ class Serving:
             max_seq_len=min(executor.max_seq_len, blocks * executor.block_size),
             vocab_size=executor.vocab_size,
             max_prompt_tokens=executor.max_prompt_tokens,
+            supports_cache_salt="cache_salt" in executor.library.generate_keywords,
             publishes_kv_events=executor.publishes_kv_events,
             caches_prefixes=executor.caches_prefixes,
             moves_kv=bool(executor.kv_fingerprint),
@@ -150,8 +151,8 @@ class Serving:
         return iteration
 
     def _take_stats(self, stats: Mapping[str, Any]) -> None:
-        # Of several ranks they may tell the sum.
-        if self._executor.num_ranks == 1:
+        # Of several ranks they may tell the sum, so events come first.
+        if self._executor.num_ranks == 1 or not self._executor.publishes_kv_events:
             self._learn_blocks(num_blocks(stats))
         passed = pass_stats(stats)
         if passed is not None:

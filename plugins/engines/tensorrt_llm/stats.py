@@ -79,13 +79,19 @@ class LoadBook:
         self._lengths[request_id] = before + num_tokens
         self._blocks += self._blocks_of(before + num_tokens) - self._blocks_of(before)
 
-    def ended(self, request_id: RequestId, num_tokens: int, num_iterations: int) -> None:
-        """num_iterations: decoding passes in which the request got `num_tokens` tokens; 0: not known."""
+    def ended(self, request_id: RequestId) -> None:
         self._running.discard(request_id)
         self._blocks -= self._blocks_of(self._lengths.pop(request_id))
-        if self._num_draft_tokens and num_iterations:
-            self._drafted_tokens += num_iterations * self._num_draft_tokens
-            self._accepted_tokens += max(0, num_tokens - num_iterations)
+
+    def speculated(self, num_tokens: int, num_passes: int) -> tuple[int, int] | None:
+        """Count a sequence that has ended: tokens drafted for it, and those that were kept. None where nothing is
+        drafted. num_passes: those in which it got its `num_tokens` tokens; 0: not known."""
+        if not self._num_draft_tokens or not num_passes:
+            return None
+        drafted, kept = num_passes * self._num_draft_tokens, max(0, num_tokens - num_passes)
+        self._drafted_tokens += drafted
+        self._accepted_tokens += kept
+        return drafted, kept
 
     def load(self) -> WorkerLoad:
         return WorkerLoad(

@@ -100,4 +100,6 @@ def _joined(first: Output, then: Output) -> Output:
         then.error,
         then.kv_handle,
         then.kv_lost,
+        then.is_refused,
+        then.speculation,
     )

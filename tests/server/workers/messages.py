@@ -100,6 +100,8 @@ OUTPUT = st.builds(
     st.none() | TEXT,
     st.none() | HANDLE,
     kv_lost=st.booleans(),
+    is_refused=st.booleans(),
+    speculation=st.none() | st.tuples(COUNT, COUNT),
 )
 STEP = st.builds(
     StepOutputs,

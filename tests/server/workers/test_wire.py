@@ -71,7 +71,8 @@ def test_a_step_says_all_that_the_engine_said(outputs, number, first_event):
         assert detail.kv_handle == output.kv_handle
         if output.finish_reason is not None:
             assert (detail.stop_token_id, detail.error) == (output.stop_token_id, output.error)
-            assert detail.kv_lost is output.kv_lost
+            assert (detail.kv_lost, detail.is_refused) == (output.kv_lost, output.is_refused)
+            assert detail.speculation == output.speculation
     assert not details and len(step.events) == len(outputs.events)
 
 

@@ -134,9 +134,10 @@ class Submissions:
         room = max(1, self._settings.max_seq_len - len(prompt))
         max_tokens = min(sampling.max_tokens or 1, room)
         environment, state = self._engine.environment, digest(prompt)
+        seed = 0 if sampling._greedy_decoding else sampling.seed or 0
         return [
             Sequence(
-                TokenStream(self._folder, environment, state, index, bias), sampling, max_tokens,
+                TokenStream(self._folder, environment, state, index, bias, seed=seed), sampling, max_tokens,
                 environment.trims_end_token, index,
             )
             for index in range(sampling.n)

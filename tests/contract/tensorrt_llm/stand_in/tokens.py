@@ -1,7 +1,7 @@
 """Which tokens come: a pure function of all tokens before, so that any worker goes on where another one stopped.
 
 A state is the CRC-32 of the token ids as int32; 64 mixed bits of it choose the token. Sequence k of a request with
-n > 1 mixes k in. Seeds, temperatures and penalties change nothing; an embedding bias does.
+n > 1 mixes k in, and where a request samples its seed. Temperatures and penalties change nothing; a bias does.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ class TokenStream:
     sequence_index: int = 0
     bias: dict[int, float] = field(default_factory=dict)
     generated: int = 0
+    seed: int = 0  # of a request that samples
 
     def next(self, end_id: int | None) -> int:
         """The next token; `end_id` where the sequence would end now and the caller allows an end (it is not None)."""
-        draw = mixed(self.state ^ (self.sequence_index << 40))
+        draw = mixed(self.state ^ (self.sequence_index << 40) ^ (mixed(self.seed) if self.seed else 0))
         token = end_id if end_id is not None and self._ends(draw) else self._chosen(draw)
         self.advance(token)
         return token

@@ -112,6 +112,28 @@ async def test_a_stream_may_leave_the_first_token_out(make_worker, prefill, samp
     assert [token async for step in result for token in step.outputs[0].token_ids_diff] == whole[1:]
 
 
+async def test_ids_of_64_bits_and_the_global_one(import_trtllm, monkeypatch, model_folder):
+    monkeypatch.setenv("TENSORRT_LLM_STAND_IN_FIRST_REQUEST_ID", str(2**64 - 9))
+    monkeypatch.setenv("TENSORRT_LLM_STAND_IN_WITH", "DisaggregatedParams.disagg_request_id")
+    trtllm = import_trtllm()
+    config = {"backend": "UCX", "kv_transfer_timeout_ms": 60_000}
+    llm = trtllm.LLM(
+        str(model_folder), skip_tokenizer_init=True, cache_transceiver_config=config, disable_overlap_scheduler=True
+    )
+
+    async def run(params):
+        sampling = trtllm.SamplingParams(end_id=2, max_tokens=4, ignore_eos=True)
+        return (await llm.generate_async(PROMPT, sampling, disaggregated_params=params)).outputs[0]
+
+    params = (await run(trtllm.DisaggregatedParams(request_type="context_only"))).disaggregated_params
+    assert params.ctx_request_id == 2**64 - 9 and params.disagg_request_id >= 2**63
+    forgotten = dataclasses.replace(params, request_type="generation_only", disagg_request_id=None)
+    with pytest.raises(RuntimeError, match="disagg_request_id"):
+        await run(forgotten)
+    assert len((await run(dataclasses.replace(params, request_type="generation_only"))).token_ids) == 4
+    llm.shutdown()
+
+
 async def test_a_prefill_that_ends_is_complete(make_worker, prefill, sampling, monkeypatch, trtllm):
     monkeypatch.setenv("TENSORRT_LLM_STAND_IN_LENGTH", "0")
     context = make_worker()
@@ -210,5 +232,10 @@ async def test_configurations_that_cannot_prefill(trtllm, make_llm, make_worker,
         make_llm(disable_overlap_scheduler=True, cache_transceiver_config={}).generate_async(
             PROMPT, sampling(), disaggregated_params=params
         )
+    config = {"backend": "UCX", "max_tokens_in_buffer": 4}
+    for more, message in (({}, "kv_transfer_timeout_ms"), ({"kv_transfer_timeout_ms": 9}, "max_tokens_in_buffer is 4")):
+        llm = make_llm(disable_overlap_scheduler=True, cache_transceiver_config=config | more)
+        with pytest.raises(RuntimeError, match=message):
+            llm.generate_async(PROMPT, sampling(), disaggregated_params=params)
     with pytest.raises(RuntimeError, match="n = 2"):
         make_worker().generate_async(PROMPT, sampling(n=2, temperature=1.0), disaggregated_params=params)

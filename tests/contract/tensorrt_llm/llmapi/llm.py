@@ -18,7 +18,7 @@ from tensorrt_llm.sampling_params import SamplingParams
 from tensorrt_llm.scheduling_params import SchedulingParams
 from tensorrt_llm.stand_in.construction import check_main_is_guarded, checked_arguments, filled_arguments
 from tensorrt_llm.stand_in.engine import Engine
-from tensorrt_llm.stand_in.environment import Environment
+from tensorrt_llm.stand_in.environment import Environment, variable
 from tensorrt_llm.stand_in.features import versioned_keywords
 from tensorrt_llm.stand_in.model_folder import ModelFolder
 from tensorrt_llm.stand_in.submission import Submissions
@@ -56,7 +56,7 @@ class LLM:
         self._hf_model_dir = Path(model)
         self._engine: Engine | None = Engine(settings, environment, self._died)
         self._submissions = Submissions(self._engine, folder)
-        self._request_ids = itertools.count(1)
+        self._request_ids = itertools.count(int(variable("FIRST_REQUEST_ID", "1")))
         self._iterations: dict[str, IterationResult] = {}
         atexit.register(_shut_down, weakref.ref(self))
 

@@ -8,13 +8,21 @@ from collections.abc import Callable
 
 from tensorrt_llm.disaggregated_params import DisaggregatedParams
 from tensorrt_llm.executor.result import Response
+from tensorrt_llm.llmapi.configs import CacheTransceiverConfig
 
 from .engine_settings import EngineSettings
 from .environment import Environment
 from .request import Request
 from .tokens import digest, mixed
 from .transfer import HeldKV, KVSource, opaque_state, pull, read_opaque_state
-from .violations import record
+from .violations import record, violated
+
+_HAS_GLOBAL_ID = "disagg_request_id" in DisaggregatedParams.__dataclass_fields__
+
+
+def _global_id(request_id: int) -> int:
+    """A number that needs all of its 64 bits."""
+    return mixed(request_id) | 1 << 63
 
 
 class Disaggregation:
@@ -24,12 +32,22 @@ class Disaggregation:
         assert config is not None
         timeout_ms = getattr(config, "kv_transfer_timeout_ms", None)
         self._timeout_s = None if timeout_ms is None else timeout_ms / 1000
+        self._buffer_tokens = config.max_tokens_in_buffer
         self._finish = environment.context_finish
         self._failures_left = environment.transfer_failures
         self._freed: list[int] = []
         self._pulling: set[int] = set()
         self._lock = threading.Lock()
         self._source = KVSource(environment.transfer_s, self._free)
+
+    def check(self, params: DisaggregatedParams, num_tokens: int) -> None:
+        """Raises where a prefill could not be handed over safely with this configuration."""
+        if params.request_type != "context_only":
+            return
+        if self._timeout_s is None and "kv_transfer_timeout_ms" in CacheTransceiverConfig.model_fields:
+            raise violated("a context_only request without kv_transfer_timeout_ms: KV that nobody pulls stays for ever")
+        if self._buffer_tokens is not None and num_tokens > self._buffer_tokens:
+            raise violated(f"a prompt of {num_tokens} tokens where max_tokens_in_buffer is {self._buffer_tokens}")
 
     def hand_over(self, request: Request, response: Response) -> None:
         """Keep the request's KV for a puller, and say in its last response how to get it."""
@@ -44,6 +62,8 @@ class Disaggregation:
             opaque_state=opaque_state(self._source.port, self._source.incarnation, request.id, self.layout),
             draft_tokens=drafts,
         )
+        if _HAS_GLOBAL_ID:
+            response.disaggregated_params.disagg_request_id = _global_id(request.id)
 
     def start_pull(self, request: Request, pulled: Callable[[Request, str | None], None]) -> None:
         """Pull on a thread of its own; `pulled` is called there, with what went wrong or None."""
@@ -82,6 +102,9 @@ class Disaggregation:
         if request_id != params.ctx_request_id:
             record(f"ctx_request_id {params.ctx_request_id} is not the one of the opaque state ({request_id})")
             return "ctx_request_id and opaque_state are of two requests"
+        if _HAS_GLOBAL_ID and params.disagg_request_id != _global_id(request_id):
+            record(f"disagg_request_id {params.disagg_request_id} is not the one that prefill gave")
+            return "disagg_request_id is of another request"
         difference = self.layout.difference(layout)
         if difference:
             return f"KV cache layouts differ: {difference}"

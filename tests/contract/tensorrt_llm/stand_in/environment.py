@@ -19,6 +19,7 @@
 | CONTEXT_FINISH | not_finished | or `length`: the finish reason of a context_only request that goes on |
 | EARLY_ENDS | 0 | 1: with n > 1 each sequence's own last response says its finish reason |
 | END_TOKEN | kept | `trimmed`: the end token is not in token_ids |
+| FIRST_REQUEST_ID | 1 | ids count up from here; they are unsigned 64-bit numbers |
 | TRANSFER_MS | 0 | time of one KV transfer |
 | TRANSFER_FAILURES | 0 | this many transfers fail first; `all` |
 | DEVICES | 8 | GPUs there, where CUDA_VISIBLE_DEVICES does not say |

@@ -44,7 +44,7 @@ class Submissions:
         prompt = self._prompt(inputs)
         sampling = self._prepared(SamplingParams() if sampling is None else sampling)
         if params is not None:
-            self._check_disaggregation(checked(params), sampling)
+            self._check_disaggregation(checked(params), sampling, len(prompt))
         if params is not None and params.request_type == "context_only":
             sampling.max_tokens = 1
         self._check_length(prompt, params)
@@ -94,7 +94,7 @@ class Submissions:
         sampling.return_perf_metrics |= self._settings.args.return_perf_metrics
         return sampling
 
-    def _check_disaggregation(self, params: DisaggregatedParams, sampling: SamplingParams) -> None:
+    def _check_disaggregation(self, params: DisaggregatedParams, sampling: SamplingParams, num_tokens: int) -> None:
         if params.request_type == "context_and_generation":
             return
         if self._engine.disaggregation is None:
@@ -103,6 +103,7 @@ class Submissions:
             raise violated(f"a {params.request_type} request with n = {sampling.n}")
         if params.request_type == "context_only" and not self._settings.args.disable_overlap_scheduler:
             raise violated("a context_only request where disable_overlap_scheduler is False")
+        self._engine.disaggregation.check(params, num_tokens)
 
     def _check_length(self, prompt: list[int], params: DisaggregatedParams | None) -> None:
         limit = self._settings.max_num_tokens

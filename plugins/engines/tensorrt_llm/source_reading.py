@@ -204,10 +204,12 @@ def _fields_of(statement: ast.stmt) -> Iterator[Field]:
         return
     aliases, init = [], True
     if isinstance(statement.value, ast.Call):
+        called = _names_in(statement.value.func)
         for keyword in statement.value.keywords:
             if keyword.arg in ("alias", "validation_alias"):
                 aliases += [item.value for item in ast.walk(keyword.value) if isinstance(item, ast.Constant)]
-            if keyword.arg == "init" and isinstance(keyword.value, ast.Constant):
+            # Of dataclasses' `field`; pydantic's `Field` takes the word too, and such a field all the same.
+            if keyword.arg == "init" and isinstance(keyword.value, ast.Constant) and "field" in called:
                 init = bool(keyword.value.value)
     if init:
         yield Field((name, *(str(alias) for alias in aliases)), types)

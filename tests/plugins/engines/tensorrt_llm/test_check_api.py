@@ -181,6 +181,22 @@ def test_a_checkout_without_libraries(checkout):
     assert output.startswith("TensorRT-LLM 9.9 in ")
 
 
+def test_a_later_version_that_converts_more_by_itself(checkout):
+    """Blocks are merged and made objects, and pydantic chooses the kind of speculation."""
+    file = "llmapi/llm_args.py"
+    for kind in ("Eagle", "MTP"):
+        edit(checkout, file, f'decoding_type: ClassVar[str] = "{kind}"', f'decoding_type: Literal["{kind}"] = "{kind}"')
+    union = "Union[EagleDecodingConfig, MTPDecodingConfig]"
+    edit(checkout, file, f"Optional[{union}]", f'Optional[Annotated[{union}, Field(discriminator="decoding_type")]]')
+    edit(checkout, file, "import Any, ", "import Annotated, Any, ")
+    edit(checkout, file, "num_nextn_predict_layers: int = 1", "num_nextn_predict_layers: int = Field(1, init=False)")
+    edit(checkout, file, 'if "speculative_config" in', 'if "absent" in')
+    merging = 'KvCacheConfig(**llm_args["kv_cache_config"] | llm_args_dict.get("kv_cache_config", {}))'
+    edit(checkout, file, "llm_args | llm_args_dict", f'llm_args | llm_args_dict | {{"kv_cache_config": {merging}}}')
+    code, output = check("--source", str(checkout))
+    assert (code, [line for line in output.splitlines()[1:] if not line.startswith("ok ")]) == (0, []), output
+
+
 def test_what_is_missing_is_named(checkout):
     edit(checkout, "llmapi/llm_args.py", "    tokens_per_block: int", "    block_size: int")
     edit(checkout, "llmapi/llm_args.py", "    num_nextn_predict_layers: int", "    next_n: int")

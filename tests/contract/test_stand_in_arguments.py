@@ -43,6 +43,19 @@ def test_a_yaml_file_is_merged_key_by_key(trtllm):
     assert extra["speculative_config"] is merged["speculative_config"]
 
 
+def test_a_later_version_merges_the_kv_cache_and_takes_a_raw_speculation(import_trtllm, monkeypatch):
+    monkeypatch.setenv("TENSORRT_LLM_STAND_IN_ARGUMENTS", "1.3")
+    import_trtllm()
+    from tensorrt_llm.llmapi.llm_args import TorchLlmArgs, update_llm_args_with_extra_dict
+
+    speculation = {"decoding_type": "MTP", "num_nextn_predict_layers": 2}
+    extra = {"kv_cache_config": {"dtype": "fp8"}, "speculative_config": speculation}
+    merged = update_llm_args_with_extra_dict({"kv_cache_config": {"tokens_per_block": 64}}, extra)
+    assert (merged["kv_cache_config"].dtype, merged["kv_cache_config"].tokens_per_block) == ("fp8", 64)
+    assert merged["speculative_config"] == speculation
+    assert TorchLlmArgs(model="m", **merged).speculative_config.max_draft_len == 2
+
+
 def test_arguments_are_filled_from_the_model(make_llm):
     args = make_llm(max_num_tokens=128).args
     assert (args.max_num_tokens, args.max_batch_size, args.max_seq_len) == (128, 2048, 4096)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, PositiveInt, field_validator
 
+from tensorrt_llm.stand_in.environment import variable
 from tensorrt_llm.stand_in.features import versioned_model
 
 from .configs import (
@@ -42,6 +43,9 @@ __all__ = [
     "MTPDecodingConfig", "MoeConfig", "MoeLoadBalancerConfig", "NGramDecodingConfig", "Nvfp4GemmConfig",
     "SchedulerConfig", "TorchLlmArgs", "update_llm_args_with_extra_dict", "update_llm_args_with_extra_options",
 ]  # fmt: skip
+
+
+_IS_LATER = variable("ARGUMENTS") == "1.3"
 
 
 @versioned_model
@@ -136,6 +140,11 @@ class TorchLlmArgs(StrictBaseModel):
             return LoadFormat[value.upper()]
         return value
 
+    @field_validator("speculative_config", mode="before")
+    @classmethod
+    def _discriminated(cls, value: Any) -> Any:
+        return DecodingBaseConfig.from_dict(dict(value)) if _IS_LATER and isinstance(value, dict) else value
+
     @property
     def world_size(self) -> int:
         return self.tensor_parallel_size * self.pipeline_parallel_size * self.context_parallel_size
@@ -157,7 +166,11 @@ def update_llm_args_with_extra_dict(
     for name, model in _CONVERTED.items():
         if name in llm_args_dict:
             llm_args_dict[name] = model(**llm_args_dict[name])
-    if "speculative_config" in llm_args_dict:
+    if _IS_LATER:
+        if "kv_cache_config" in llm_args_dict:
+            both = llm_args.get("kv_cache_config", {}) | llm_args_dict["kv_cache_config"]
+            llm_args_dict["kv_cache_config"] = KvCacheConfig(**both)
+    elif "speculative_config" in llm_args_dict:
         llm_args_dict["speculative_config"] = DecodingBaseConfig.from_dict(llm_args_dict["speculative_config"])
     return llm_args | llm_args_dict
 

@@ -6,6 +6,7 @@
 | REQUESTS | none | file that gets one JSON line for each accepted request |
 | VERSION | 1.2.1 | `tensorrt_llm.__version__` |
 | WITHOUT, WITH | none | comma-separated `Owner.name`: taken from, or added to, the fields or keywords |
+| ARGUMENTS | 1.2 | `1.3`: kv_cache_config is merged and made an object, a raw speculative_config names its own type |
 | STEP_MS | 1 | time of one engine step |
 | LOAD_MS | 0 | time of the constructor |
 | LENGTH | natural | tokens before the end token: a number, `natural` (each token ends with chance 1/64), `never` |

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
-from typing import Any, NewType, Protocol, Self, TypeAlias, runtime_checkable
+from typing import Any, Literal, NewType, Protocol, Self, TypeAlias, runtime_checkable
 
 RequestId = NewType("RequestId", int)
 """One generated sequence, unique for the life of the server process (a request with n=2 has two)."""
@@ -50,6 +50,14 @@ class FinishReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class GuidedDecoding:
+    """The form that an answer must have."""
+
+    kind: Literal["json_object", "json_schema", "regex", "grammar"]  # grammar: EBNF
+    text: str = ""  # the schema as JSON, the expression or the grammar; empty with json_object
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens. The server has validated every bound given here; engines need not.
 
@@ -71,6 +79,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()  # end the sequence, whatever ignore_eos says
     ignore_eos: bool = False  # end-of-sequence tokens are ordinary tokens
     logprobs: int | None = None  # None: none; k >= 0: the chosen token's and the k most likely ones'
+    guided: GuidedDecoding | None = None  # only where `EngineInfo.supports_guided_decoding`
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +298,7 @@ class EngineInfo:
     max_prompt_tokens: int | None = None  # of a prompt that this engine computes; None: one less than max_seq_len
     moves_kv: bool = False
     kv_fingerprint: str = ""  # with moves_kv: only engines with equal ones understand each other's descriptors
+    supports_guided_decoding: bool = False
     supports_cache_salt: bool = True  # `Request.cache_salt` keeps caches apart; without it, such requests are refused
     num_ranks: int = 1  # attention-DP ranks: each has its own KV cache of num_blocks and runs max_num_seqs
     about: tuple[tuple[str, str], ...] = ()  # versions and the like, by name, for people; a few short texts

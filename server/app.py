@@ -196,7 +196,13 @@ class Server:
         self._model_name = model.name
         serving = Serving(
             model=model,
-            rules=RequestRules((model.name,), vocab_size, settings.unknown_params, settings.max_logprobs),
+            rules=RequestRules(
+                (model.name,),
+                vocab_size,
+                settings.unknown_params,
+                settings.max_logprobs,
+                guides=self._cluster.supports_guided_decoding,
+            ),
             tokenizer=tokenizer,
             template=self._chat_template(),
             mode=self._plan.mode,

@@ -237,6 +237,11 @@ class ServerCluster:
             raise Overloaded("no worker is ready", code="no_worker", retry_after_s=5.0)
         return self._limits
 
+    def supports_guided_decoding(self) -> bool:
+        """Whether every ready worker's engine does; False without one."""
+        clients = [client for client in self.pool if client.state is WorkerState.READY]
+        return bool(clients) and all(client.info and client.info.supports_guided_decoding for client in clients)
+
     def is_ready(self, roles: set[Role]) -> bool:
         """Whether a worker of every role is ready."""
         ready = (client for client in self.pool if client.state is WorkerState.READY and not client.is_warming)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trtserve.plugins.api import SamplingParams, TokenIds
+from trtserve.plugins.api import GuidedDecoding, SamplingParams, TokenIds
 from trtserve.server.api.schema_messages import Message
 from trtserve.server.errors import ContextLengthExceeded, InvalidRequest
 
@@ -45,6 +45,8 @@ class GenerationParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None  # None: none; k >= 0: the chosen token's and the k most likely ones'
+
+    guided: GuidedDecoding | None = None
 
     # Text in and out
     stop: tuple[str, ...] = ()
@@ -167,6 +169,7 @@ def to_sampling_params(
         stop_token_ids=params.stop_token_ids,
         ignore_eos=params.ignore_eos,
         logprobs=params.logprobs,
+        guided=params.guided,
     )
 
 

@@ -6,13 +6,14 @@ is raised. Types and bounds of single fields are in `schema_bodies`; the rules o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import orjson
 from pydantic import BaseModel, ValidationError
 
-from trtserve.plugins.api import TokenIds
+from trtserve.plugins.api import GuidedDecoding, TokenIds
 from trtserve.server.api.parameters import GenerationParams
 from trtserve.server.api.schema_bodies import (
     DEFAULT_COMPLETION_TOKENS,
@@ -22,6 +23,7 @@ from trtserve.server.api.schema_bodies import (
     RoleBody,
     TokenizeBody,
 )
+from trtserve.server.api.schema_guided import GUIDED_FIELDS, asks_for_a_form, parse_guided
 from trtserve.server.api.schema_messages import Message, normalise_messages
 from trtserve.server.api.schema_problems import invalid_request, shown
 from trtserve.server.api.schema_prompts import parse_prompts, parse_token_ids
@@ -55,6 +57,7 @@ class RequestRules:
     unknown_params: UnknownParams = "warn"
     max_logprobs: int | None = 20  # of the settings and the engine; None: the engine gives none
     max_completion_logprobs: int = 5  # OpenAI's bound for /v1/completions
+    guides: Callable[[], bool] = field(default=lambda: False)  # whether every ready engine can decode guided
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,8 @@ def parse_chat(raw: bytes, rules: RequestRules) -> GenerationParams:
     data = _load(raw)
     body = _validate(ChatCompletionBody, data)
     model = _served(body.model, rules)
-    ignored = sort_out(data, _CHAT_FIELDS, body.n or 1, rules.unknown_params)
+    guided, known = _guided(data, _CHAT_FIELDS, rules)
+    ignored = sort_out(data, known, body.n or 1, rules.unknown_params)
     template_kwargs, add_generation_prompt, continue_final_message = template_settings(body)
     messages = normalise_messages(body.messages)
     check_continued(messages, continue_final_message)
@@ -100,6 +104,7 @@ def parse_chat(raw: bytes, rules: RequestRules) -> GenerationParams:
         chat_template_kwargs=template_kwargs,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
+        guided=guided,
         ignored=ignored,
         **shared_params(body),
     )
@@ -110,7 +115,8 @@ def parse_completion(raw: bytes, rules: RequestRules) -> GenerationParams:
     data = _load(raw)
     body = _validate(CompletionBody, data)
     model = _served(body.model, rules)
-    ignored = sort_out(data, _COMPLETION_FIELDS, body.n or 1, rules.unknown_params)
+    guided, known = _guided(data, _COMPLETION_FIELDS, rules)
+    ignored = sort_out(data, known, body.n or 1, rules.unknown_params)
     prompts = parse_prompts(body.prompt, rules.vocab_size)
     check_choices(len(prompts), body.n or 1)
     return GenerationParams(
@@ -120,6 +126,7 @@ def parse_completion(raw: bytes, rules: RequestRules) -> GenerationParams:
         add_special_tokens=body.add_special_tokens is not False,
         echo=bool(body.echo),
         prompts=prompts,
+        guided=guided,
         ignored=ignored,
         **shared_params(body),
     )
@@ -169,6 +176,15 @@ def parse_detokenize(raw: bytes, rules: RequestRules) -> DetokenizeParams:
 def parse_role(raw: bytes) -> RoleBody:
     """A body of POST /v1/workers/{worker_id}/role."""
     return _validate(RoleBody, _load(raw))
+
+
+def _guided(
+    data: dict[str, Any], known: frozenset[str], rules: RequestRules
+) -> tuple[GuidedDecoding | None, frozenset[str]]:
+    """The form that is asked for, and the fields that are known then."""
+    if not asks_for_a_form(data) or not rules.guides():
+        return None, known
+    return parse_guided(data), known | GUIDED_FIELDS
 
 
 def _load(raw: bytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -130,6 +131,23 @@ def test_attention_dp_ranks_are_routed_to(sim_model, tmp_path, expected):
         ask(server, PROMPTS[3])
         lines = (tmp_path / "requests").read_text().splitlines()
         assert {rank for rank in (0, 1) if any(f'"attention_dp_rank": {rank}' in line for line in lines)} == {0, 1}
+
+
+def test_forms_reach_the_engine_as_bare_schemas(sim_model, tmp_path):
+    requests = tmp_path / "requests"
+    option = ("--engine-option", "guided_decoding_backend=xgrammar")
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    with stand_in_server(sim_model, tmp_path, *option, mode="disagg", REQUESTS=str(requests)) as server:
+        wrapped = {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}
+        assert ask(server, PROMPTS[0], response_format=wrapped).status_code == 200
+        assert ask(server, PROMPTS[0], guided_regex="[a-z]+").status_code == 200
+        bad = ask(server, PROMPTS[0], response_format={"type": "xml"})
+        assert (bad.status_code, bad.json()["error"]["param"]) == (400, "response_format.type")
+    guides = [json.loads(line)["sampling_params"].get("guided_decoding") for line in requests.read_text().splitlines()]
+    told = [guide for guide in guides if guide]
+    assert len(told) == 4  # each request in both of its phases
+    bare = json.dumps(schema, separators=(",", ":"))
+    assert all(f"json='{bare}'" in guide for guide in told[:2]) and all("regex='[a-z]+'" in guide for guide in told[2:])
 
 
 def _leave(server: StandInServer, prompt: list[int], timeout_s: float) -> None:

@@ -46,6 +46,7 @@ class Executor:
     publishes_kv_events: bool
     caches_prefixes: bool
     has_stats: bool
+    guides: bool  # guided decoding is on
     num_draft_tokens: int  # proposed in a decoding pass; 0: no speculation
     max_cache_tokens: int | None  # where the arguments bound the KV cache by tokens
     kv_fingerprint: str  # empty where it does not move KV
@@ -95,6 +96,7 @@ def _describe(llm: Any, library: Library, config: EngineConfig, options: TensorR
         publishes_kv_events=reuses and bool(_get(cache, "event_buffer_max_size", 0)),
         caches_prefixes=reuses,
         has_stats=bool(getattr(args, "enable_iter_perf_stats", False)),
+        guides=getattr(args, "guided_decoding_backend", None) is not None,
         num_draft_tokens=_num_draft_tokens(args),
         max_cache_tokens=_get(cache, "max_tokens"),
         kv_fingerprint=_fingerprint(args, config) if moves_kv else "",

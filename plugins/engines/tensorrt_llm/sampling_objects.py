@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trtserve.plugins.api import Request, RequestRefused
+from trtserve.plugins.api import GuidedDecoding, Request, RequestRefused
 from trtserve.plugins.engines.tensorrt_llm.library import Library
 from trtserve.plugins.engines.tensorrt_llm.sampling import sampling_keywords
 
@@ -27,10 +27,21 @@ class SamplingObjects:
             )
         if request.sampling.logit_bias:
             keywords["embedding_bias"] = self._bias(request.sampling.logit_bias)
+        if request.sampling.guided is not None:
+            keywords["guided_decoding"] = self._guide(request.sampling.guided)
         missing = sorted(keywords.keys() - self._library.sampling_fields)
         if missing:
             raise RequestRefused(f"TensorRT-LLM {self._library.version} has no {', '.join(missing)}.")
         return self._library.sampling_params(**keywords)
+
+    def _guide(self, guided: GuidedDecoding) -> Any:
+        make = self._library.guided_decoding_params
+        if make is None:
+            raise RequestRefused(f"TensorRT-LLM {self._library.version} has no guided decoding.")
+        if guided.kind == "json_object":
+            return make(json_object=True)
+        names = {"json_schema": "json", "regex": "regex", "grammar": "grammar"}
+        return make(**{names[guided.kind]: guided.text})
 
     def _bias(self, logit_bias: tuple[tuple[int, float], ...]) -> Any:
         """float32[vocab_size]."""

@@ -135,6 +135,7 @@ class Serving:
             max_seq_len=min(executor.max_seq_len, blocks * executor.block_size),
             vocab_size=executor.vocab_size,
             max_prompt_tokens=executor.max_prompt_tokens,
+            supports_guided_decoding=executor.guides,
             supports_cache_salt="cache_salt" in executor.library.generate_keywords,
             publishes_kv_events=executor.publishes_kv_events,
             caches_prefixes=executor.caches_prefixes,

@@ -9,6 +9,7 @@ from trtserve.plugins.api import (
     BlockHash,
     EngineInfo,
     FinishReason,
+    GuidedDecoding,
     KVCleared,
     KVHandle,
     KVRemoved,
@@ -71,6 +72,7 @@ SAMPLING = st.builds(
     stop_token_ids=st.lists(INT32, max_size=3).map(tuple),
     ignore_eos=st.booleans(),
     logprobs=st.none() | st.integers(0, 20),
+    guided=st.none() | st.builds(GuidedDecoding, st.sampled_from(["json_object", "json_schema", "regex"]), TEXT),
 )
 REQUEST = st.builds(
     Request,

@@ -102,14 +102,18 @@ async def test_between_processes(make_worker, prefill, sampling, model_folder):
     await until_free(context)
 
 
-async def test_a_stream_may_leave_the_first_token_out(make_worker, prefill, sampling, monkeypatch):
+@pytest.mark.parametrize(("excluded", "num_given", "num_in_diffs"), [("0", 8, 8), ("1", 7, 7), ("hidden", 8, 7)])
+async def test_what_a_stream_begins_with(
+    make_worker, prefill, sampling, monkeypatch, excluded, num_given, num_in_diffs
+):
     whole = (await make_worker().generate_async(PROMPT, sampling(ignore_eos=True))).outputs[0].token_ids
-    monkeypatch.setenv("TENSORRT_LLM_STAND_IN_EXCLUDE_FIRST_TOKENS", "1")
+    monkeypatch.setenv("TENSORRT_LLM_STAND_IN_EXCLUDE_FIRST_TOKENS", excluded)
     params = handed_over(await prefill(make_worker()))
     result = make_worker().generate_async(
         PROMPT, sampling(ignore_eos=True), streaming=True, disaggregated_params=params
     )
-    assert [token async for step in result for token in step.outputs[0].token_ids_diff] == whole[1:]
+    assert [token async for step in result for token in step.outputs[0].token_ids_diff] == whole[-num_in_diffs:]
+    assert result.outputs[0].token_ids == whole[-num_given:]
 
 
 async def test_ids_of_64_bits_and_the_global_one(import_trtllm, monkeypatch, model_folder):

@@ -17,7 +17,12 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from trtserve.plugins.engines.tensorrt_llm.hand_over import DISAGGREGATED_KEYWORDS
+
 Command = Callable[..., Awaitable[Any]]
+
+_PLAIN = DISAGGREGATED_KEYWORDS - {"request_type", "opaque_state"}
+"""Disaggregated parameters that JSON can carry as they are."""
 
 
 class Side:
@@ -158,8 +163,7 @@ def _shown(output: Any) -> dict[str, Any]:
     }
     params = output.disaggregated_params
     if params is not None and params.opaque_state is not None:
-        names = ("first_gen_tokens", "ctx_request_id", "draft_tokens")
-        given = {name: getattr(params, name) for name in names if getattr(params, name) is not None}
+        given = {name: value for name in _PLAIN if (value := getattr(params, name, None)) is not None}
         shown["disaggregated"] = given | {"opaque_state": base64.b64encode(params.opaque_state).decode()}
     return shown
 

@@ -27,6 +27,7 @@ class Response:
     sequence_index: int = 0
     new_tokens: list[int] = field(default_factory=list)
     new_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    hidden: int = 0  # leading tokens that the difference leaves out
     trimmed: int = 0  # matched stop tokens that leave token_ids again
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -180,7 +181,8 @@ class GenerationResult:
         self.cached_tokens = response.cached_tokens
         self.decoding_iter = response.decoding_iter
         self.avg_decoded_tokens_per_iter = response.avg_decoded_tokens_per_iter
-        output._last_token_ids_len, output._last_logprobs_len = len(output.token_ids), len(output.logprobs)
+        output._last_token_ids_len = len(output.token_ids) + response.hidden
+        output._last_logprobs_len = len(output.logprobs)
         output.token_ids.extend(response.new_tokens)
         if self._has_logprobs:
             output.logprobs.extend(response.new_logprobs)

@@ -23,6 +23,7 @@ from .engine_settings import EngineSettings
 from .environment import Environment
 from .iterations import iteration_stats
 from .request import Request
+from .sequence import Sequence
 from .tokens import mixed
 from .violations import violated
 
@@ -203,12 +204,18 @@ class Engine:
         given = len(request.params.first_gen_tokens or []) if request.is_generation_only and request.params else 1
         for sequence in request.sequences:
             sequence.step(given)
-            if request.is_generation_only and self.environment.exclude_first_tokens:
-                sequence.leave_out()
         if request.is_generation_only and request.params:
             said = request.sequences[0].tokens
             if said != request.params.first_gen_tokens:
                 raise violated(f"first_gen_tokens {request.params.first_gen_tokens} are not what prefill said: {said}")
+            self._show_first_tokens(request.sequences[0])
+
+    def _show_first_tokens(self, sequence: Sequence) -> None:
+        if self.environment.exclude_first_tokens == "1":
+            sequence.leave_out()
+        elif self.environment.exclude_first_tokens == "hidden":
+            sequence.hidden = len(sequence.tokens)
+            sequence.step(1)
 
     def _tokens_in_step(self, state: int) -> int:
         drafts = self.settings.draft_tokens

@@ -16,7 +16,8 @@
 | KV_BLOCKS | 4096 | blocks of the whole KV memory, of which free_gpu_memory_fraction is used |
 | DROP_EVERY_EVENT | 0 | each n-th KV event is lost |
 | BLOCK_HASHES | int | `hex`: hashes as text, as 1.3 has them |
-| EXCLUDE_FIRST_TOKENS | 0 | 1: a generation_only stream begins after first_gen_tokens |
+| EXCLUDE_FIRST_TOKENS | 0 | 1: a generation_only stream begins after first_gen_tokens. `hidden`: they come together |
+| | | with the next token, and are not in token_ids_diff |
 | CONTEXT_FINISH | not_finished | or `length`: the finish reason of a context_only request that goes on |
 | EARLY_ENDS | 0 | 1: with n > 1 each sequence's own last response says its finish reason |
 | END_TOKEN | kept | `trimmed`: the end token is not in token_ids |
@@ -70,7 +71,7 @@ class Environment:
     kv_blocks: int
     drop_every_event: int
     hex_hashes: bool
-    exclude_first_tokens: bool
+    exclude_first_tokens: str
     context_finish: str
     trims_end_token: bool
     transfer_s: float
@@ -90,7 +91,7 @@ class Environment:
             kv_blocks=int(variable("KV_BLOCKS", "4096")),
             drop_every_event=int(variable("DROP_EVERY_EVENT", "0")),
             hex_hashes=variable("BLOCK_HASHES", "int") == "hex",
-            exclude_first_tokens=variable("EXCLUDE_FIRST_TOKENS") == "1",
+            exclude_first_tokens=variable("EXCLUDE_FIRST_TOKENS", "0"),
             context_finish=variable("CONTEXT_FINISH", "not_finished"),
             trims_end_token=variable("END_TOKEN") == "trimmed",
             transfer_s=float(variable("TRANSFER_MS", "0")) / 1000,

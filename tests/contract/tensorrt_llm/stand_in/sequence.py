@@ -23,9 +23,11 @@ class Sequence:
     finish_reason: str | None = None
     stop_reason: int | None = None
     reported: bool = False  # that it ended
+    hidden: int = 0  # tokens that the next report's difference leaves out
     _waiting: list[int] = field(default_factory=list)
     _waiting_logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     _trimmed: int = 0
+    _has_reported: bool = False
 
     def step(self, max_new_tokens: int) -> None:
         """Say up to so many tokens; fewer where the sequence ends."""
@@ -40,7 +42,7 @@ class Sequence:
         """Whether there is something to report now: at the end, and in a stream at every n-th step."""
         if self.finish_reason is not None:
             return not self.reported
-        return streaming and bool(self._waiting) and (self.steps == 1 or self.steps % stream_interval == 0)
+        return streaming and bool(self._waiting) and (not self._has_reported or self.steps % stream_interval == 0)
 
     def report(self) -> Response:
         """What was not reported yet."""
@@ -51,10 +53,12 @@ class Sequence:
             trimmed=self._trimmed,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
+            hidden=self.hidden,
             decoding_iter=self.steps,
             avg_decoded_tokens_per_iter=len(self.tokens) / self.steps if self.steps else None,
         )
-        self._waiting, self._waiting_logprobs = [], []
+        self._waiting, self._waiting_logprobs, self.hidden = [], [], 0
+        self._has_reported = True
         self.reported = self.finish_reason is not None
         return response
 

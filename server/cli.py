@@ -62,11 +62,13 @@ def _serve(arguments: list[str]) -> int:
 
     from trtserve.server.app import Server
     from trtserve.server.http import AddressError, bind
+    from trtserve.server.memory import keep_free_memory_small
     from trtserve.server.model.errors import ModelError
     from trtserve.server.model.progress import ProgressBar
     from trtserve.server.model.resolve import resolve_model
     from trtserve.server.workers.link import EndpointError
 
+    keep_free_memory_small()
     try:
         bound = bind(settings.host, settings.port)
     except AddressError as error:

@@ -19,9 +19,9 @@ _REUSE_START_WEIGHT = 1_000.0  # empty caches hit nothing: the first requests te
 _LIFE_HALF_LIFE = 1_000.0  # remembered blocks
 _EVICTION_HALF_LIFE = 100.0  # remembered blocks
 
-_SAMPLE_MASK = 7
-"""Last uses are remembered of hashes with these bits zero: an eighth. Hashes are uniform, so it is a fair sample, the
-same one for uses and evictions, for an eighth of the time and memory."""
+_SAMPLE_MASK = 15
+"""Last uses are remembered of hashes with these bits zero: a sixteenth. Hashes are uniform, so it is a fair sample, the
+same one for uses and evictions, for a sixteenth of the time and memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +52,11 @@ class Traffic:
     the share of hits among all uses is the chance of the former. Blocks of generated tokens count from when a prompt
     holds them.
 
-    `max_remembered` bounds the memory: about 200 bytes each, and each stands for eight stored blocks. The block used
+    `max_remembered` bounds the memory: about 200 bytes each, and each stands for sixteen stored blocks. The block used
     longest ago is forgotten first; blocks that were forgotten teach nothing.
     """
 
-    def __init__(self, options: TrafficOptions | None = None, max_remembered: int = 65_536) -> None:
+    def __init__(self, options: TrafficOptions | None = None, max_remembered: int = 32_768) -> None:
         self._options = options or TrafficOptions()
         self._max_remembered = max_remembered
         self._last_use_s: OrderedDict[int, float] = OrderedDict()  # the longest ago comes first

@@ -81,7 +81,7 @@ def test_life_is_the_mean_age_of_hits():
             traffic.sent(blocks, 0, now_s)
             now_s += gap_s
             traffic.sent(blocks, 64, now_s)
-    sampled = [sum(not block & 7 for block in blocks) for blocks in (soon, late)]
+    sampled = [sum(not block & 15 for block in blocks) for blocks in (soon, late)]
     expected = (sampled[0] * 10 + sampled[1] * 30) / sum(sampled)
     assert traffic.estimates.block_life_s == pytest.approx(expected, rel=0.05)
     assert traffic.report().num_reuses == 200 * sum(sampled)
@@ -89,7 +89,7 @@ def test_life_is_the_mean_age_of_hits():
 
 def test_a_hit_of_an_unknown_block_has_no_age():
     traffic = Traffic()
-    traffic.sent([8, 16, 24], 3, 100.0)
+    traffic.sent([16, 32, 48], 3, 100.0)
     assert traffic.report().num_reuses == 0
     assert traffic.estimates.block_life_s == START.block_life_s
 
@@ -102,10 +102,10 @@ def test_requests_without_full_blocks_tell_nothing():
 
 def test_only_the_latest_used_blocks_are_remembered():
     traffic = Traffic(max_remembered=3)
-    for second, block in enumerate([8, 16, 24, 8, 32]):
+    for second, block in enumerate([16, 32, 48, 16, 64]):
         traffic.sent([block], 0, float(second))
     assert traffic.report().num_remembered == 3
-    assert traffic.ages_s([8, 16, 24, 32], 10.0) == [7.0, 8.0, 6.0]
+    assert traffic.ages_s([16, 32, 48, 64], 10.0) == [7.0, 8.0, 6.0]
 
 
 @given(
@@ -168,5 +168,5 @@ def test_the_loss_follows_from_the_age_of_the_victims():
 
 def test_victims_that_are_not_remembered_tell_nothing():
     eviction = EvictionAge(Traffic())
-    eviction.removed([1, 2, 8, 16], 5.0)
+    eviction.removed([1, 2, 16, 32], 5.0)
     assert eviction.age_s is None

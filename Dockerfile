@@ -43,7 +43,8 @@ RUN python3 -c "from importlib.metadata import version as v; print('\n'.join(f'{
     && pip install --no-cache-dir --constraint /tmp/constraints.txt . \
     && rm /tmp/constraints.txt
 USER 10001
-ENV TRTSERVE_HOST=0.0.0.0 \
+ENV TRTSERVE_ENGINE=tensorrt_llm \
+    TRTSERVE_HOST=0.0.0.0 \
     TRTSERVE_CACHE_DIR=/home/trtserve/.cache/trtserve \
     HF_HOME=/home/trtserve/.cache/huggingface
 VOLUME /home/trtserve/.cache

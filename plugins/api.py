@@ -203,6 +203,7 @@ class WorkerLoad:
     preemptions_total: int = 0
     drafted_tokens_total: int = 0  # speculative decoding: proposed
     accepted_tokens_total: int = 0  # speculative decoding: kept
+    lost_kv_events_total: int = 0  # events that the engine itself lost: nobody knows what they would have told
 
 
 @dataclass(frozen=True, slots=True)

@@ -280,6 +280,7 @@ class ServerCluster:
             preemptions=load.preemptions_total,
             drafted_tokens=load.drafted_tokens_total,
             accepted_tokens=load.accepted_tokens_total,
+            lost_kv_events=load.lost_kv_events_total,
             indexed_blocks=sum(blocks for blocks, _ in indexed),
             event_gaps=sum(gaps for _, gaps in indexed),
         )

@@ -56,6 +56,7 @@ class WorkerSample:
     preemptions: int
     drafted_tokens: int
     accepted_tokens: int
+    lost_kv_events: int
     indexed_blocks: int = 0
     event_gaps: int = 0
 
@@ -238,6 +239,7 @@ _WORKER_COUNTERS: dict[str, _Reader] = {
     "preemptions": ("Sequences preempted", lambda worker: worker.preemptions),
     "drafted_tokens": ("Tokens proposed by speculative decoding", lambda worker: worker.drafted_tokens),
     "accepted_tokens": ("Tokens proposed by speculative decoding and kept", lambda worker: worker.accepted_tokens),
+    "lost_kv_events": ("KV events lost by the engine itself", lambda worker: worker.lost_kv_events),
     "kv_event_gaps": ("Times that KV events were missed, and all blocks asked for", lambda worker: worker.event_gaps),
 }
 

@@ -38,3 +38,12 @@ def test_min_tokens_holds_stop_tokens_back(engine_under_test):
         assert EOS_TOKEN_ID not in ended.token_ids[:6]
         refused = running.generate(prompt, max_tokens=12, min_tokens=6, stop_token_ids=(7,))
         assert refused.finish_reason is FinishReason.ERROR and "min_tokens" in refused.error
+
+
+def test_events_that_the_executor_lost_are_counted(engine_under_test, monkeypatch):
+    monkeypatch.setenv("TENSORRT_LLM_STAND_IN_DROP_EVERY_EVENT", "3")
+    with engine_under_test.running() as running:
+        for number in range(6):
+            running.generate(engine_under_test.prompt(40, number), max_tokens=2)
+        running.sink.wait_events(4, running.deadline_s)
+        assert running.engine.stats().lost_kv_events_total > 0

@@ -12,7 +12,8 @@ def worker(worker_id="agg-0", **changes):
     values = {
         "worker_id": worker_id, "role": "agg", "is_ready": True, "running": 2, "waiting": 1, "num_blocks": 100,
         "free_blocks": 75, "block_size": 16, "booked_requests": 3, "restarts": 4, "prompt_tokens": 50,
-        "cached_tokens": 20, "generated_tokens": 30, "drafted_tokens": 40, "accepted_tokens": 30, "preemptions": 5,
+        "cached_tokens": 20, "generated_tokens": 30, "drafted_tokens": 40, "accepted_tokens": 30,
+        "lost_kv_events": 2, "preemptions": 5,
     }  # fmt: skip
     return WorkerSample(**(values | changes))
 

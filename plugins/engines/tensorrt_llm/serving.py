@@ -167,6 +167,7 @@ class Serving:
         assert self._events is not None
         rank, events = self._events.translate(event)
         self._learn_blocks(self._events.num_blocks)
+        self._books[0].lost_kv_events = self._events.num_lost  # of all ranks
         self._report.events(events, rank)
 
     def _learn_blocks(self, count: int | None) -> None:

@@ -63,6 +63,7 @@ class LoadBook:
         self._num_blocks = num_blocks
         self._prompt_tokens = self._cached_tokens = self._generated_tokens = 0
         self._drafted_tokens = self._accepted_tokens = 0
+        self.lost_kv_events = 0
 
     def submitted(self, request: Request) -> None:
         self._lengths[request.id] = len(request.prompt)
@@ -103,6 +104,7 @@ class LoadBook:
             generated_tokens_total=self._generated_tokens,
             drafted_tokens_total=self._drafted_tokens,
             accepted_tokens_total=self._accepted_tokens,
+            lost_kv_events_total=self.lost_kv_events,
         )
 
     def _blocks_of(self, num_tokens: int) -> int:

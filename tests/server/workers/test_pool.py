@@ -67,6 +67,22 @@ async def test_blocks_must_have_one_size(house):
     assert house.listener.heard == [("ready", "agg-0")]
 
 
+@pytest.mark.parametrize("changes", [{"moves_kv": False}, {"kv_fingerprint": "NIXL, fp8"}])
+async def test_engines_that_move_kv_must_be_alike(house, changes):
+    moving = replace(INFO, moves_kv=True, kv_fingerprint="UCX, fp8")
+    first = house.peer(worker_id="prefill-0", role=Role.PREFILL)
+    first.say(first.hello)
+    assert await first.hears() == wire.Welcome()
+    first.say(wire.Ready(moving))
+    await until(lambda: house.pool[WorkerId("prefill-0")].state == "ready")
+    other = house.peer(worker_id="decode-0", role=Role.DECODE)
+    other.say(other.hello)
+    assert await other.hears() == wire.Welcome()
+    other.say(wire.Ready(replace(moving, **changes)))
+    refused = await other.hears()
+    assert isinstance(refused, wire.Refused) and "prefill-0" in refused.reason and "UCX, fp8" in refused.reason
+
+
 async def test_progress_is_shown_until_ready(house):
     peer = house.peer()
     peer.say(peer.hello)

@@ -44,7 +44,7 @@ def expected(sim_model: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     [
         {},
         {"EXCLUDE_FIRST_TOKENS": "1"},
-        {"CONTEXT_FINISH": "length", "TRANSFER_MS": "20"},
+        {"CONTEXT_FINISH": "length", "TRANSFER_MS": "20", "EXCLUDE_FIRST_TOKENS": "hidden"},
         {"WITHOUT": "generate_async.scheduling_params,generate_async.cache_salt"},
     ],
     ids=["plain", "first-token-not-repeated", "slow-transfers", "older-version"],

@@ -22,6 +22,7 @@ ROLES: Mapping[str, tuple[Role, ...]] = {"agg": (Role.AGG,), "disagg": (Role.PRE
 GIVEN: Mapping[str, frozenset[str]] = {
     "SamplingParams": SAMPLING_KEYWORDS,
     "DisaggregatedParams": frozenset({"request_type", "first_gen_tokens", "ctx_request_id", "opaque_state"}),
+    "GuidedDecodingParams": frozenset({"json", "json_object", "regex", "grammar"}),
     "SchedulingParams": frozenset({"attention_dp_rank", "attention_dp_relax"}),
     "LLM.generate_async": frozenset({"inputs", "sampling_params", "streaming", "disaggregated_params"}),
 }

@@ -6,11 +6,10 @@ its next tokens, and posts all responses at once. An unexpected error, or the fa
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,8 @@ from tensorrt_llm.executor.iteration_result import IterationResult
 from tensorrt_llm.executor.result import Response
 from tensorrt_llm.executor.utils import RequestError
 
+from .admission import refusal
+from .delivery import call_on, post_responses
 from .disaggregation import Disaggregation
 from .engine_settings import EngineSettings
 from .environment import Environment
@@ -105,7 +106,7 @@ class Engine:
         self._complete([request for request in running if request.has_ended], posts)
         if running:
             self._iteration += 1
-        _post_responses(posts)
+        post_responses(posts)
         contexts = num_contexts, self.settings.max_num_tokens - budget
         self._post_iteration(self._iteration_stats(started, contexts, len(running)) if running else [])
         return bool(self._active or self._queued)
@@ -133,31 +134,17 @@ class Engine:
         while self._queued and len(self._active) < self.settings.max_batch_size:
             request = self._queued[0]
             pool, wanted = self.pools[request.rank], request.wanted_blocks(self.pools[request.rank])
-            refusal = self._refusal(request, wanted)
-            if refusal is None and not pool.has_room(wanted):
+            refused = refusal(request, wanted, pool, self.settings, self.environment)
+            if refused is None and not pool.has_room(wanted):
                 break
             with self._work:
                 self._queued.popleft()
-            if refusal is not None:
-                posts.append((request, Response(error=RequestError(refusal), is_final=True)))
+            if refused is not None:
+                posts.append((request, Response(error=RequestError(refused), is_final=True)))
                 continue
             request.blocks = wanted
             self._begin(request)
         return posts
-
-    def _refusal(self, request: Request, wanted_blocks: int) -> str | None:
-        environment, prompt = self.environment, request.prompt
-        if environment.fatal_error_token is not None and environment.fatal_error_token in prompt:
-            raise RuntimeError("stand-in: the executor hit a fatal error")
-        if environment.request_error_token is not None and environment.request_error_token in prompt:
-            return "stand-in: this request fails"
-        if request.sampling.guided_decoding is not None and self.settings.guided_decoding_backend is None:
-            return "Guided decoding is not enabled: guided_decoding_backend is None"
-        if len(prompt) >= self.settings.max_seq_len:
-            return f"The prompt of {len(prompt)} tokens leaves no room in max_seq_len ({self.settings.max_seq_len})"
-        if wanted_blocks > self.pools[request.rank].num_blocks:
-            return f"The request needs {wanted_blocks} KV blocks of {self.pools[request.rank].num_blocks}"
-        return None
 
     def _begin(self, request: Request) -> None:
         pool = self.pools[request.rank]
@@ -179,7 +166,7 @@ class Engine:
             if request in self._active:
                 self._active.remove(request)
                 self.pools[request.rank].release(request.blocks)
-        _post_responses([(request, Response(error=RequestError(error), is_final=True))])
+        post_responses([(request, Response(error=RequestError(error), is_final=True))])
 
     def _advance(self, request: Request, budget: int) -> int:
         """One step of one request; what it leaves of the step's prefill tokens."""
@@ -246,10 +233,10 @@ class Engine:
     def _post_iteration(self, stats: list[dict[str, Any]]) -> None:
         """Statistics and events leave with the step that made them, once a first request has made the queues."""
         if self.stats is not None and stats:
-            _call(self.stats._loop, partial(self.stats.put_all, stats))
+            call_on(self.stats._loop, partial(self.stats.put_all, stats))
         events = [event for buffer in self.settings.event_buffers for event in buffer.take()] if self.events else []
         if self.events is not None and events:
-            _call(self.events._loop, partial(self.events.put_all, events))
+            call_on(self.events._loop, partial(self.events.put_all, events))
 
     def _die(self, error: Exception) -> None:
         """All that lives is told, and nothing is accepted any more."""
@@ -257,29 +244,5 @@ class Engine:
         with self._work:
             lost, self._active, self._queued = [*self._active, *self._queued], [], deque()
         fatal = RuntimeError(f"Executor has been shut down: {error}")
-        _post_responses([(request, Response(error=fatal, is_final=True)) for request in lost])
+        post_responses([(request, Response(error=fatal, is_final=True)) for request in lost])
         self._died()
-
-
-def _post_responses(posts: Iterable[tuple[Request, Response]]) -> None:
-    """One wake-up for each event loop, whatever came."""
-    batches: dict[asyncio.AbstractEventLoop | None, list[tuple[Request, Response]]] = {}
-    for request, response in posts:
-        batches.setdefault(request.result._loop, []).append((request, response))
-    for loop, batch in batches.items():
-        _call(loop, partial(_put_all, batch))
-
-
-def _put_all(batch: list[tuple[Request, Response]]) -> None:
-    for request, response in batch:
-        request.result._put(response)
-
-
-def _call(loop: asyncio.AbstractEventLoop | None, function: Callable[[], Any]) -> None:
-    if loop is None:
-        function()
-        return
-    try:
-        loop.call_soon_threadsafe(function)
-    except RuntimeError:
-        pass  # the loop is closed: nobody reads any more

@@ -120,7 +120,7 @@ class Metrics:
         self.stages = {stage: stages.labels(stage) for stage in STAGES}
         self.decisions = self._counters("trtserve_routing_decisions", "Sequences placed on a worker", "policy")
         self.decision_seconds = self._histogram(
-            "trtserve_routing_decision_duration_seconds", "CPU time of one routing decision", _DECISION_BUCKETS
+            "trtserve_routing_decision_duration_seconds", "Time of one routing decision", _DECISION_BUCKETS
         )
         self.held_seconds = self._histogram(
             "trtserve_routing_hold_seconds", "From a sequence's arrival at the router to its placement", _STAGE_BUCKETS

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from trtserve.plugins.api import EngineInfo, PassStats, Prediction, Request, RequestId, Role, WorkerId, WorkerLoad
 from trtserve.server.errors import Overloaded
@@ -77,6 +77,7 @@ class Router:
         self._checks: dict[WorkerId, list[asyncio.Future[IndexCheck | None]]] = {}
         self._timers: dict[Role, asyncio.TimerHandle] = {}
         self._planned: set[Role] = set()  # at the end of this turn of the loop
+        self._arrived: set[Role] = set()  # roles for which this turn of the loop has brought a request already
 
     # -------------------------------------------------------------- workers come and go
 
@@ -134,7 +135,8 @@ class Router:
         return self.core.predict(request, role, self._clock())
 
     async def place(self, request: Request, role: Role, moves_kv: bool = False) -> ServerBooking:
-        """As Cluster.place. Suspends only while the request is held."""
+        """As Cluster.place. Suspends while the request is held, at most until the end of this turn of the loop if the
+        policy holds none back."""
         core = self.core
         if not core.has_role(role):
             self._metrics.rejections.labels("no_worker").inc()
@@ -143,9 +145,11 @@ class Router:
         core.hold(request, role, self._clock(), moves_kv)
         self._waiting[role, request.id] = placed
         try:
-            self.plan(role)
-            if not placed.done():
-                self._check_room(request)
+            self._plan_arrival(role)
+            if not placed.done() and self._is_overfull():
+                self.plan(role)
+                if not placed.done():
+                    self._refuse(request)
             return await placed
         except asyncio.CancelledError:
             # Cancelled in the same moment as placed: the booking has no owner any more.
@@ -162,11 +166,13 @@ class Router:
         self.core.ended(booking, self._clock())
         self.plan_soon(role)
 
-    def _check_room(self, request: Request) -> None:
-        """The queue includes `request`; if that is one too many, it goes."""
+    def _is_overfull(self) -> bool:
         core, limits = self.core, self._limits
-        if core.num_held <= limits.requests and core.held_tokens <= limits.tokens:
-            return
+        return core.num_held > limits.requests or core.held_tokens > limits.tokens
+
+    def _refuse(self, request: Request) -> NoReturn:
+        """The queue includes `request`, which is one too many."""
+        core, limits = self.core, self._limits
         requests, tokens = core.num_held - 1, core.held_tokens - len(request.prompt)
         self._metrics.rejections.labels("queue_full").inc()
         raise Overloaded(
@@ -219,6 +225,15 @@ class Router:
 
     # -------------------------------------------------------------- the decision
 
+    def _plan_arrival(self, role: Role) -> None:
+        """The first request of a turn of the loop is planned at once, the others of the same turn together."""
+        if role in self._arrived:
+            self.plan_soon(role)
+        else:
+            self._arrived.add(role)
+            asyncio.get_running_loop().call_soon(self._arrived.discard, role)
+            self.plan(role)
+
     def plan_soon(self, role: Role) -> None:
         """`plan` once this turn of the loop is over: what else it brings, dozens of passes of a busy worker say, costs
         no plan of its own and is known by then."""
@@ -234,7 +249,7 @@ class Router:
         """Ask the policy who goes where now, book it, and wake those who waited for it."""
         if not self._waiting:
             return
-        now_s, started_s = self._clock(), time.thread_time()
+        now_s, started_s = self._clock(), time.perf_counter()
         try:
             bookings = self.core.plan(role, now_s)
             again_at_s = self.core.again_at_s(role)
@@ -243,7 +258,7 @@ class Router:
             # next decision or their own deadline.
             logger.exception("the routing policy failed")
             bookings, again_at_s = [], now_s + _AFTER_FAILURE_S
-        self._metrics.decision_seconds.observe(time.thread_time() - started_s)
+        self._metrics.decision_seconds.observe(time.perf_counter() - started_s)
         for booking in bookings:
             self._wake(booking)
         self._set_timer(role, again_at_s, now_s)

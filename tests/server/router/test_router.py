@@ -32,6 +32,34 @@ async def test_two_in_the_same_turn_see_each_other():
     assert sorted(booking.worker_id for booking in bookings) == ["a", "a", "b", "b"]
 
 
+class _Watched:
+    """How many were held at each decision; places all of them."""
+
+    uses_prefixes = False
+
+    def __init__(self):
+        self.asked = []
+
+    def assign(self, held, state):
+        self.asked.append(len(held))
+        return Plan([Assignment(waiting.request.id, state.workers[0].worker_id) for waiting in held])
+
+
+async def test_the_first_request_of_a_turn_is_placed_at_once_and_the_others_together():
+    router = router_with(policy := _Watched())
+    add(router, "a", slots=20)
+    for turns in (1, 2):
+        await asyncio.gather(*(router.place(a_request(10 * turns + number), Role.AGG) for number in range(8)))
+        assert policy.asked == [1, 7] * turns
+
+
+async def test_more_requests_in_a_turn_than_the_queue_holds_are_placed_all_the_same():
+    router = router_with(_Watched(), requests=2)
+    add(router, "a", slots=20)
+    bookings = await asyncio.gather(*(router.place(a_request(number), Role.AGG) for number in range(12)))
+    assert len(bookings) == 12 and rejections(router, "queue_full") is None
+
+
 async def test_leaving_twice_gives_back_once():
     router = make_router()
     add(router, "a", slots=3)

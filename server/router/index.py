@@ -106,16 +106,18 @@ class PrefixIndex:
         Raises TooManyBlocks, and changes nothing, if it would have more than its num_blocks."""
         worker = self._workers[slot]
         stored = worker.stored
-        # One int object for each hash, whatever `hashes` is: the index and the worker's dict share it.
+        # One int object for each hash, whatever `hashes` is: the index and the worker's dict share it where it was not
+        # reserved before.
         blocks = dict.fromkeys(hashes)
         room = worker.num_blocks - len(stored)
         if len(blocks) > room and sum(block not in stored for block in blocks) > room:
             raise TooManyBlocks(f"a worker with {worker.num_blocks} KV blocks reports more of them stored")
-        self._show(worker.bit, blocks)
         stored.update(blocks)
-        if worker.reserved:
-            for block in blocks:
-                worker.reserved.pop(block, None)
+        reserved = worker.reserved
+        # What was reserved is shown already.
+        new = [block for block in blocks if reserved.pop(block, None) is None] if reserved else blocks
+        if new:
+            self._show(worker.bit, new)
 
     def remove(self, slot: int, hashes: Iterable[int]) -> None:
         """The worker does not have these blocks any more, unknown ones allowed. Reserved ones go on counting."""
@@ -126,7 +128,8 @@ class PrefixIndex:
             if block in stored:
                 del stored[block]
                 gone.append(block)
-        self._hide(worker.bit, gone)
+        if gone:
+            self._hide(worker.bit, gone)
 
     def clear(self, slot: int) -> None:
         """The worker has no blocks any more. Reserved ones go on counting."""
@@ -164,7 +167,8 @@ class PrefixIndex:
                 new.append(block)
             else:
                 reserved[block] = (held[0], held[1] + 1)
-        self._show(worker.bit, new)
+        if new:
+            self._show(worker.bit, new)
         return Reservation(slot, self._serial, hashes)
 
     def unreserve(self, reservation: Reservation) -> None:
@@ -186,7 +190,8 @@ class PrefixIndex:
             else:
                 del reserved[block]
                 gone.append(block)
-        self._hide(worker.bit, gone)
+        if gone:
+            self._hide(worker.bit, gone)
 
     # -------------------------------------------------------------- looking up
 

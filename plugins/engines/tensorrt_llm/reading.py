@@ -32,7 +32,7 @@ async def read_on(
         async for item in make(SILENCE_S):
             try:
                 take(item)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
+            except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
                 if not has_complained:
                     has_complained = True
                     logger.warning("TensorRT-LLM told something that is not understood: %r", error)

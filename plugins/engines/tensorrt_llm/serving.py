@@ -92,6 +92,8 @@ class Serving:
         blocks = await self._cache_blocks()
         for book in self._books:
             book.start(blocks)
+        if self._events is not None:
+            self._events.bound(blocks)
         return self._info(blocks)
 
     async def _warm_up_request(self, request_id: RequestId) -> None:
@@ -110,7 +112,7 @@ class Serving:
         if executor.has_stats:
             self._readers.append(self._group.create_task(read_on(self._stats, submitted, self._take_stats)))
         if executor.publishes_kv_events:
-            self._events = EventTranslator(executor.block_size, self._salts)
+            self._events = EventTranslator(executor.block_size, self._salts, executor.num_ranks)
             self._readers.append(self._group.create_task(read_on(self._kv_events, submitted, self._take_event)))
 
     async def _cache_blocks(self) -> int:
@@ -118,7 +120,9 @@ class Serving:
         if self._readers:
             try:
                 async with asyncio.timeout(_STATS_S):
-                    return await self._num_blocks
+                    told = await self._num_blocks
+                # Models with several attention windows tell of each; by now the widest has been read.
+                return (self._events and self._events.num_blocks) or told
             except TimeoutError:
                 logger.warning("TensorRT-LLM does not tell how large its KV cache is")
         executor = self._executor

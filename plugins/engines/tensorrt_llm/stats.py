@@ -10,6 +10,8 @@ from typing import Any
 
 from trtserve.plugins.api import PassStats, Request, RequestId, WorkerLoad
 
+_ABSURD = 2**62  # infinity is a number as well
+
 
 def pass_stats(stats: Mapping[str, Any]) -> PassStats | None:
     """What an iteration did; None where it did nothing or does not say."""
@@ -41,7 +43,9 @@ def _mapping(stats: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 def _number(stats: Mapping[str, Any], name: str) -> float | None:
     value = stats.get(name)
-    return value if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0 else None
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return None
+    return value if 0 <= value < _ABSURD else None
 
 
 class LoadBook:

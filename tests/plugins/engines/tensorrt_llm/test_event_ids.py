@@ -8,7 +8,7 @@ from trtserve.plugins.engines.tensorrt_llm.salts import Salts
 
 def lost(*numbered: tuple[int, int | None]) -> int:
     """How many events are missed in a stream of (event id, rank)."""
-    translator = EventTranslator(4, Salts(4))
+    translator = EventTranslator(4, Salts(4), num_ranks=2)
     for event_id, rank in numbered:
         event = {"event_id": event_id, "data": {"type": "removed", "block_hashes": []}, "window_size": 128}
         translator.translate(event if rank is None else {**event, "attention_dp_rank": rank})

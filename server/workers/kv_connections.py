@@ -138,10 +138,10 @@ class Connections:
         raise TransferError("; ".join(problems))
 
     def _retry_later(self, known: _Known, problem: str) -> None:
-        logger.warning("worker %s is not connected: %s", known.message.worker_id, problem)
         known.problem = problem
         known.retry_s = self._clock() + known.pause_s
         known.pause_s = min(2 * known.pause_s, _LONGEST_PAUSE_S)
+        logger.warning("worker %s is not connected: %s", known.message.worker_id, problem)
         self._report_problem(known)
 
     def _report_problem(self, known: _Known) -> None:

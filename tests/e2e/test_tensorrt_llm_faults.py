@@ -90,6 +90,7 @@ def test_a_worker_dies_under_load(sim_model, tmp_path, expected, victim):
             server.until_metric("trtserve_worker_running_sequences", bool)
             os.kill(pid, signal.SIGKILL)
             responses = [future.result() for future in asked]
+        assert {response.status_code for response in responses} == {200}, [one.text for one in responses]
         assert [response.json()["choices"][0]["text"] for response in responses] == expected
         server.until_metric("trtserve_worker_up", lambda count: count == 4)
         server.until_idle()

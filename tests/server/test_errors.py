@@ -26,6 +26,7 @@ TABLE = [
     (errors.Overloaded("m"), 503, "overloaded_error", "queue_full"),
     (errors.WorkerLost("m"), 503, "server_error", "worker_lost"),
     (errors.RequestTimedOut("m"), 504, "server_error", "request_timeout"),
+    (errors.EngineRefused("m"), 400, "invalid_request_error", "not_supported_by_engine"),
     (errors.EngineFailed("m"), 500, "server_error", "engine_error"),
     (errors.Internal(), 500, "server_error", "internal_error"),
 ]

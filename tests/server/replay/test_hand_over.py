@@ -58,15 +58,19 @@ def test_what_moves_is_what_the_decode_worker_lacked(prompts):
 
 
 class Watched:
-    """A policy, and every view of a worker that it was shown."""
+    """A policy, every view of a worker that it was shown, and what the last decision saw queued.
+
+    Queues are estimated when a decision asks, so a view that is kept knows them as they were then."""
 
     uses_prefixes = True
 
     def __init__(self, name):
         self._policy = PluginManager().make_policy(name, PolicyConfig())
         self.views = {}
+        self.queued_at_last = []
 
     def assign(self, held, state):
+        self.queued_at_last = [view.queued_tokens for view in state.workers]
         self.views.update((view.worker_id, view) for view in state.workers)
         return self._policy.assign(held, state)
 
@@ -76,11 +80,13 @@ class Watched:
 def test_nothing_stays_booked(seed, disagg_policy, name):
     watched = Watched(name)
     mode = PluginManager().make_mode("disagg", ModeConfig(1, 2, 2, disagg_policy))
-    replay(conversations(40, seed), options(watched, mode=mode))
+    long_after = entry(40, 3_600_000.0, [999_999])
+    replay([*conversations(40, seed), long_after], options(watched, mode=mode))
     roles = {view.role for view in watched.views.values()}
     assert roles == ({Role.DECODE} if disagg_policy == "never" else roles | {Role.DECODE})
     for view in watched.views.values():
-        assert (view.booked_requests, view.booked_tokens, view.decoding, view.queued_tokens) == (0, 0, 0, 0)
+        assert (view.booked_requests, view.booked_tokens, view.decoding) == (0, 0, 0)
+    assert watched.queued_at_last and not any(watched.queued_at_last)
 
 
 def test_reading_hides_behind_a_prompt_of_several_passes():

@@ -163,7 +163,7 @@ async def test_a_fetch_that_nobody_ends_is_forgotten(pair, held, clock):
     await nothing_is_left(decode)
 
 
-async def test_a_peer_that_cannot_be_imported_is_tried_again(sites, held, clock):
+async def test_a_peer_that_cannot_be_imported_is_tried_again(sites, held, clock, caplog):
     held.refusals = 2
     _, prefill = await sites.start("prefill-0")
     choice = TransferChoice({"shm": lambda: held}, is_required=True)
@@ -174,7 +174,8 @@ async def test_a_peer_that_cannot_be_imported_is_tried_again(sites, held, clock)
     fetched = await decode.kv.fetched(request.id, 10)
     assert not fetched.ok and "not connected: shm: not today" in fetched.reason
     clock.now_s += 1.5
-    await until(lambda: held.refusals == 0)
+    # Its next try is planned from the clock once the second has failed, not when it is refused.
+    await until(lambda: caplog.messages.count("worker prefill-0 is not connected: shm: not today") == 2)
     clock.now_s += 2.5
     await connected(decode)
 

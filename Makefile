@@ -10,8 +10,10 @@ STAMP := $(VENV)/.installed
 serve: $(STAMP)  ## a real answer from a real model on http://127.0.0.1:8000
 	@exec $(BIN)/trtserve serve $(ARGS)
 
+# Two at a time, a file's tests in one of the two, where they share servers and engines. More would be too much for the
+# tests that bound times, on a machine with few cores. ARGS="-n 0 …" runs them in one process, as plain pytest does.
 test: $(STAMP) check  ## the whole suite
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, import rules, the Dockerfile
 	$(BIN)/ruff format --check .

@@ -1,13 +1,20 @@
-"""The default model in float32: one ragged batch gives, token by token, what `generate` gives each prompt alone."""
+"""The default model in float32: one ragged batch gives, token by token, what `generate` gives each prompt alone,
+and so do two engines of which one goes on where the other stopped."""
 
 from __future__ import annotations
+
+from array import array
 
 import pytest
 import torch
 
+from tests.plugins.engines.torch.conftest import REFERENCE_TOKENS
+from trtserve.plugins.conformance.engine_kv import host_rows
 from trtserve.plugins.engines.torch.layer_swap import SwappedLayer
 from trtserve.plugins.engines.torch.model import load_model
 from trtserve.plugins.engines.torch.options import TorchOptions
+
+_NUM_ROWS = 16
 
 pytestmark = pytest.mark.timeout(120)  # the first one waits for the reference
 
@@ -54,3 +61,44 @@ def test_bfloat16_stays_close(default_model, reference, fp32_model, runner_of):
         errors += [abs(value - values[token]) for token, value in exact.logprobs[0].top[:5] if token in values]
     assert sum(errors) / len(errors) < 0.1
     assert sum(a.tokens == b.tokens for a, b in zip(wanted, given, strict=True)) >= 0.8 * len(wanted)
+
+
+SAMPLING = {
+    "greedy": {},
+    "seeded, penalised": {
+        "temperature": 1.0,
+        "top_p": 0.9,
+        "seed": 5,
+        "presence_penalty": 0.8,
+        "frequency_penalty": 0.7,
+        "repetition_penalty": 1.1,
+    },
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+def test_prefill_here_and_the_rest_there_says_what_one_engine_says(
+    sampling, fp32_model, default_model, reference, runner_of
+):
+    num_tokens = 6 if sampling else REFERENCE_TOKENS
+    agg = runner_of(fp32_model)
+    whole = [answer.tokens for answer in agg.generate(reference.prompts, **sampling, max_tokens=num_tokens)]
+    if not sampling:
+        assert whole == reference.tokens
+    prefill, decode = runner_of(fp32_model, default_model), runner_of(fp32_model, default_model)
+    rows = host_rows(prefill.engine.kv_layout(), _NUM_ROWS)
+    for runner in (prefill, decode):
+        runner.engine.attach_rows(rows)
+    firsts = [answer.tokens for answer in prefill.generate(reference.prompts, **sampling, max_tokens=1)]
+    ids = []
+    for number, prompt in enumerate(reference.prompts):
+        tokens, count = array("i", prompt), len(prompt) // 16
+        assert prefill.engine.read_kv(tokens, "", 0, range(count)) == count
+        assert decode.engine.write_kv(tokens, "", 0, range(count)) == count
+        # every third one comes later, with more of its answer done elsewhere
+        done = whole[number][:4] if number % 3 == 0 else firsts[number]
+        left = num_tokens - len(done)
+        ids.append((decode.add(prompt + done, num_resumed=len(done), **sampling, max_tokens=left), done, count))
+    answers = decode.drain()
+    assert [done + answers[request_id].tokens for request_id, done, _ in ids] == whole
+    assert [answers[request_id].cached_tokens for request_id, _, _ in ids] == [16 * count for _, _, count in ids]

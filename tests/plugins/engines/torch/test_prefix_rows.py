@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.plugins.engines.torch.conftest import REFERENCE_TOKENS
 from trtserve.plugins.api import KVRemoved, KVStored
 from trtserve.plugins.conformance.engine_kv import host_rows
 from trtserve.plugins.engines.torch.model import prepare_model
@@ -127,48 +126,6 @@ def test_without_any_room_nothing_changes(engines):
     assert target.engine.write_kv(PROMPT, "", 0, range(4)) == 0
     target.drain()
     assert not any(isinstance(event, KVRemoved) for event in target.events)
-
-
-SAMPLING = {
-    "greedy": {},
-    "seeded, penalised": {
-        "temperature": 1.0,
-        "top_p": 0.9,
-        "seed": 5,
-        "presence_penalty": 0.8,
-        "frequency_penalty": 0.7,
-        "repetition_penalty": 1.1,
-    },
-}
-
-
-@pytest.mark.timeout(120)  # the first one waits for the reference
-@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
-def test_prefill_here_and_the_rest_there_says_what_one_engine_says(
-    sampling, fp32_model, default_model, reference, runner_of
-):
-    num_tokens = 6 if sampling else REFERENCE_TOKENS
-    agg = runner_of(fp32_model)
-    whole = [answer.tokens for answer in agg.generate(reference.prompts, **sampling, max_tokens=num_tokens)]
-    if not sampling:
-        assert whole == reference.tokens
-    prefill, decode = runner_of(fp32_model, default_model), runner_of(fp32_model, default_model)
-    rows = host_rows(prefill.engine.kv_layout(), NUM_ROWS)
-    for runner in (prefill, decode):
-        runner.engine.attach_rows(rows)
-    firsts = [answer.tokens for answer in prefill.generate(reference.prompts, **sampling, max_tokens=1)]
-    ids = []
-    for number, prompt in enumerate(reference.prompts):
-        tokens, count = array("i", prompt), len(prompt) // 16
-        assert prefill.engine.read_kv(tokens, "", 0, range(count)) == count
-        assert decode.engine.write_kv(tokens, "", 0, range(count)) == count
-        # every third one comes later, with more of its answer done elsewhere
-        done = whole[number][:4] if number % 3 == 0 else firsts[number]
-        left = num_tokens - len(done)
-        ids.append((decode.add(prompt + done, num_resumed=len(done), **sampling, max_tokens=left), done, count))
-    answers = decode.drain()
-    assert [done + answers[request_id].tokens for request_id, done, _ in ids] == whole
-    assert [answers[request_id].cached_tokens for request_id, _, _ in ids] == [16 * count for _, _, count in ids]
 
 
 def bytes_of(rows, number):

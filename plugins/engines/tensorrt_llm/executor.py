@@ -92,7 +92,7 @@ def _describe(llm: Any, library: Library, config: EngineConfig, options: TensorR
         max_seq_len=int(args.max_seq_len or model.get("max_position_embeddings") or max_num_tokens),
         max_prompt_tokens=None if getattr(args, "enable_chunked_prefill", False) else max_num_tokens,
         vocab_size=int(model.get("vocab_size") or 0),
-        num_ranks=int(args.tensor_parallel_size) if getattr(args, "enable_attention_dp", False) else 1,
+        num_ranks=_num_ranks(args, library),
         publishes_kv_events=reuses and bool(_get(cache, "event_buffer_max_size", 0)),
         caches_prefixes=reuses,
         has_stats=bool(getattr(args, "enable_iter_perf_stats", False)),
@@ -103,6 +103,12 @@ def _describe(llm: Any, library: Library, config: EngineConfig, options: TensorR
         transfer_s=timeout_ms / 1000 if timeout_ms else _DEFAULT_TRANSFER_S,
         num_warm_up_requests=options.warm_up_requests,
     )
+
+
+def _num_ranks(args: Any, library: Library) -> int:
+    """Attention-DP ranks, where a request can be sent to one of them."""
+    can_choose = "scheduling_params" in library.generate_keywords and "attention_dp_rank" in library.scheduling_fields
+    return int(args.tensor_parallel_size) if can_choose and getattr(args, "enable_attention_dp", False) else 1
 
 
 def _get(owner: Any, name: str, default: Any = None) -> Any:

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from trtserve.plugins.api import FinishReason, Output, Request, RequestId, RequestRefused
+from trtserve.plugins.api import FinishReason, KVHandle, Output, Request, RequestId, RequestRefused
 from trtserve.plugins.engines.tensorrt_llm import hand_over
 from trtserve.plugins.engines.tensorrt_llm.library import Library
 from trtserve.plugins.engines.tensorrt_llm.repetition import FirstTokens
-from trtserve.plugins.engines.tensorrt_llm.results import ResultReader
+from trtserve.plugins.engines.tensorrt_llm.results import ResultNotUnderstood, ResultReader
 from trtserve.plugins.engines.tensorrt_llm.salts import Salts
 from trtserve.plugins.engines.tensorrt_llm.sampling_objects import SamplingObjects
 from trtserve.plugins.engines.tensorrt_llm.stats import LoadBook
@@ -41,10 +41,8 @@ class _Live:
     is_cancelled: bool = False
     result: Any = None  # TensorRT-LLM's, once submitted
     is_moving: bool = False  # its KV is, or may be, under way
-
-    @property
-    def rank(self) -> int:
-        return self.request.rank or 0
+    reaper: asyncio.TimerHandle | None = None
+    has_ended: bool = False  # its last output was told
 
 
 class Generation:
@@ -64,6 +62,7 @@ class Generation:
         *,
         moves_kv: bool,
         transfer_s: float,
+        max_seq_len: int,
     ) -> None:
         self._llm = llm
         self._library = library
@@ -74,16 +73,16 @@ class Generation:
         self._moves_kv = moves_kv
         self._transfer_s = transfer_s
         self._live: dict[RequestId, _Live] = {}
-        self._first_tokens = FirstTokens()
+        self._first_tokens = FirstTokens(max_seq_len)
         self.submitted = asyncio.Event()
         """Set with each submission: what TensorRT-LLM stopped telling for want of work is told again."""
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when the executor is found to be stuck."""
 
     def add(self, request: Request) -> None:
-        """Count it from now on; `run` follows. Raises IndexError for a rank that is not there."""
-        self._books[request.rank or 0].submitted(request)
-        self._live[request.id] = _Live(request)
+        """Count it from now on; `run` follows."""
+        live = self._live[request.id] = _Live(request)
+        self._books[self._rank(live)].submitted(request)
         self._salts.submitted(request.prompt, request.cache_salt)
 
     def cancel(self, request_id: RequestId) -> None:
@@ -94,14 +93,20 @@ class Generation:
             return
         live.is_cancelled = True
         if live.is_moving:
-            delay_s = self._transfer_s + _REAP_GRACE_S
-            asyncio.get_running_loop().call_later(delay_s, self._reap, live)
+            self._bound(live)
         elif live.result is not None:
             live.result.abort()
 
+    def _bound(self, live: _Live) -> None:
+        """From now on, it may take as long as any transfer."""
+        if live.reaper is None:
+            delay_s = self._transfer_s + _REAP_GRACE_S
+            live.reaper = asyncio.get_running_loop().call_later(delay_s, self._reap, live)
+
     def _reap(self, live: _Live, is_last_try: bool = False) -> None:
-        """A cancelled request whose KV has been under way for longer than any transfer may take."""
-        if self._live.get(live.request.id) is not live:
+        """A request whose KV has been under way for longer than any transfer may take, or which goes on although it was
+        cancelled."""
+        if not live.is_moving and not live.is_cancelled:
             return
         if is_last_try:
             error = TransferHung(f"request {live.request.id} did not end, {_REAP_GRACE_S:.0f} s after it was aborted")
@@ -109,8 +114,8 @@ class Generation:
                 self.broken.set_exception(error)
             return
         logger.warning("request %d: its KV is still under way; aborting it", live.request.id)
+        live.reaper = asyncio.get_running_loop().call_later(_REAP_GRACE_S, self._reap, live, True)
         live.result.abort()
-        asyncio.get_running_loop().call_later(_REAP_GRACE_S, self._reap, live, True)
 
     def close(self) -> None:
         """Abort what may be aborted; the tasks of `run` are the owner's to end."""
@@ -127,21 +132,28 @@ class Generation:
         try:
             if not live.is_cancelled:
                 await self._generate(live, reader)
-        except (self._library.request_error, RequestRefused, ValueError) as problem:
+        except (self._library.request_error, RequestRefused, ResultNotUnderstood) as problem:
             # A decode that never gave a token may still be computed from its prompt, here.
-            error, lost = problem, live.is_moving and live.request.kv_handle is not None
+            error, lost = problem, live.request.kv_handle is not None and not reader.num_tokens
+            if live.result is not None and not live.result.finished:
+                live.result.abort()  # nobody reads on
         finally:
             del self._live[request_id]
-            self._books[live.rank].ended(request_id)
-        if not reader.has_ended:
-            self._report.output(_end(live, error, lost), live.rank)
+            if live.reaper is not None:
+                live.reaper.cancel()
+            self._books[self._rank(live)].ended(request_id)
+        if not live.has_ended:
+            self._report.output(_end(live, error, lost), self._rank(live))
         return None if error is None else str(error)
 
     async def _generate(self, live: _Live, reader: ResultReader) -> None:
         request = live.request
         is_prefill = self._moves_kv and request.keeps_kv
         live.is_moving = is_prefill or request.kv_handle is not None
-        live.result = self._submit(live, is_prefill)
+        try:
+            live.result = self._submit(live, is_prefill)
+        except ValueError as error:  # from a result it would mean that the executor is broken
+            raise RequestRefused(str(error)) from error
         self.submitted.set()
         if is_prefill:
             await live.result.aresult()
@@ -164,23 +176,36 @@ class Generation:
         disaggregated = self._disaggregated(request, is_prefill)
         if disaggregated is not None:
             given["disaggregated_params"] = disaggregated
-        if request.rank is not None and len(self._books) > 1 and self._library.scheduling_params is not None:
-            given["scheduling_params"] = self._library.scheduling_params(
-                attention_dp_rank=request.rank, attention_dp_relax=False
-            )
+        if request.rank is not None and len(self._books) > 1:
+            given["scheduling_params"] = self._scheduling(request.rank)
         prompt = request.prompt
         if request.kv_handle is not None:
+            if not 0 < request.num_resumed < len(prompt):
+                raise RequestRefused("KV was handed over without the tokens of its prefill.")
             prompt = prompt[: len(prompt) - request.num_resumed]
         return self._llm.generate_async({"prompt_token_ids": prompt.tolist()}, **given)
 
+    def _rank(self, live: _Live) -> int:
+        """Of its book and its reports."""
+        rank = live.request.rank or 0
+        return rank if 0 <= rank < len(self._books) else 0
+
+    def _scheduling(self, rank: int) -> Any:
+        make, fields = self._library.scheduling_params, self._library.scheduling_fields
+        if make is None or not 0 <= rank < len(self._books):
+            raise RequestRefused(f"There is no attention-DP rank {rank} that could be chosen here.")
+        strictly = {"attention_dp_relax": False} if "attention_dp_relax" in fields else {}
+        return make(attention_dp_rank=rank, **strictly)
+
     def _disaggregated(self, request: Request, is_prefill: bool) -> Any:
         make = self._library.disaggregated_params
-        if make is None or not self._moves_kv:
+        if not is_prefill and request.kv_handle is None:
             return None
+        if make is None or not self._moves_kv:
+            raise RequestRefused("This engine was not set up to take over KV.")
         if is_prefill:
             return make(**hand_over.context_keywords())
-        if request.kv_handle is None:
-            return None
+        assert request.kv_handle is not None
         return make(**hand_over.generation_keywords(request.kv_handle, self._library.disaggregated_fields))
 
     # -------------------------------------------------------------- results
@@ -191,13 +216,20 @@ class Generation:
             return
         if output.finish_reason is not None:
             passes = int(getattr(result, "decoding_iter", 0) or 0)
-            speculation = self._books[live.rank].speculated(reader.num_tokens, passes)
+            speculation = self._books[self._rank(live)].speculated(reader.num_tokens, passes)
             output = replace(output, speculation=speculation)
-        self._tell(live, output)
+        self._tell(live, reader, output)
 
-    def _tell(self, live: _Live, output: Output) -> None:
-        self._books[live.rank].generated(live.request.id, len(output.token_ids), output.cached_tokens)
-        self._report.output(output, live.rank)
+    def _tell(self, live: _Live, reader: ResultReader, output: Output) -> None:
+        if output.finish_reason is FinishReason.CANCELLED and not live.is_cancelled:
+            text = "The engine gave this request up."  # a transfer that took too long, for one
+            output = replace(output, finish_reason=FinishReason.ERROR, error=text)
+        if output.finish_reason is FinishReason.ERROR and live.request.kv_handle is not None:
+            output = replace(output, kv_lost=not reader.num_tokens)
+        rank = self._rank(live)
+        self._books[rank].generated(live.request.id, len(output.token_ids), output.cached_tokens)
+        self._report.output(output, rank)
+        live.has_ended = output.finish_reason is not None
 
     def _read_prefill(self, live: _Live, reader: ResultReader) -> None:
         output = reader.read(live.result)
@@ -207,11 +239,18 @@ class Generation:
             output = replace(output, token_ids=(), logprobs=None, finish_reason=FinishReason.CANCELLED)
         elif output.finish_reason is FinishReason.LENGTH:
             params = live.result.outputs[0].disaggregated_params
-            output = replace(output, kv_handle=None if params is None else hand_over.handle_of(params))
-        self._tell(live, output)
+            output = replace(output, kv_handle=None if params is None else self._handle(params))
+        self._tell(live, reader, output)
+
+    def _handle(self, params: Any) -> KVHandle:
+        try:
+            return hand_over.handle_of(params)
+        except ValueError as error:
+            raise ResultNotUnderstood(str(error)) from error
 
     async def _decode(self, live: _Live, reader: ResultReader) -> None:
         """The results of a generation phase, without the prefill's tokens where they are repeated."""
+        self._bound(live)
         async for result in live.result:
             output = result.outputs[0]
             if live.is_moving and output.token_ids:
@@ -234,5 +273,5 @@ def _end(live: _Live, error: BaseException | None, lost: bool) -> Output:
         finish_reason=FinishReason.ERROR,
         error=text,
         kv_lost=lost,
-        is_refused=isinstance(error, (RequestRefused, ValueError)),
+        is_refused=isinstance(error, RequestRefused),
     )

@@ -8,22 +8,24 @@ different versions. A receiver takes the fields that its own version has. What n
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import msgspec
 
 from trtserve.plugins.api import KVHandle, RequestRefused, WorkerId
 
-_MAX_DRAFT_TOKENS = 1024
+_MAX_TOKENS = 1024
+
+_TokenId: TypeAlias = Annotated[int, msgspec.Meta(ge=0, lt=2**31)]
 
 
 class Descriptor(msgspec.Struct, frozen=True, omit_defaults=True):
     """What crosses of DisaggregatedParams, by its names there."""
 
-    first_gen_tokens: list[int]
+    first_gen_tokens: Annotated[list[_TokenId], msgspec.Meta(min_length=1, max_length=_MAX_TOKENS)]
     ctx_request_id: int | None = None
     opaque_state: bytes | None = None  # addresses and cache layout, for the receiver's transceiver
-    draft_tokens: list[int] | None = None
+    draft_tokens: Annotated[list[_TokenId], msgspec.Meta(max_length=_MAX_TOKENS)] | None = None
     disagg_request_id: int | None = None
     ctx_dp_rank: int | None = None
     ctx_info_endpoint: str | list[str] | None = None
@@ -41,11 +43,14 @@ def handle_of(params: Any) -> KVHandle:
     Raises ValueError where it cannot be handed on.
     """
     given: dict[str, Any] = {name: getattr(params, name, None) for name in Descriptor.__struct_fields__}
-    given["first_gen_tokens"] = [int(token_id) for token_id in given["first_gen_tokens"] or ()]
-    if given["draft_tokens"] is not None:
-        given["draft_tokens"] = [int(token_id) for token_id in given["draft_tokens"]]
-    descriptor = msgspec.msgpack.encode(Descriptor(**given))
-    _decoder.decode(descriptor)  # types are checked here, where the engine can be blamed
+    try:
+        for name in ("first_gen_tokens", "draft_tokens"):
+            if given[name] is not None:
+                given[name] = [int(token_id) for token_id in given[name]]
+        descriptor = msgspec.msgpack.encode(Descriptor(**given))
+        _read(descriptor)  # checked here, where the engine can be blamed
+    except (TypeError, ArithmeticError, RequestRefused) as error:
+        raise ValueError(f"a context phase left what cannot be handed over: {error}") from error
     # Ids begin at 1 in every executor: together with the incarnation one is unique.
     number = given["disagg_request_id"] if given["disagg_request_id"] is not None else given["ctx_request_id"]
     return KVHandle((number or 0) % 2**63, WorkerId(""), 0, 0, (), descriptor=descriptor)
@@ -59,12 +64,7 @@ def context_keywords() -> dict[str, Any]:
 def generation_keywords(handle: KVHandle, known: Collection[str]) -> dict[str, Any]:
     """For the decode; known: the fields that the receiving version has. Raises RequestRefused for a descriptor that is
     not one of ours."""
-    try:
-        descriptor = _decoder.decode(handle.descriptor)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise RequestRefused(f"The KV that was handed over cannot be understood: {error}") from error
-    if len(descriptor.draft_tokens or ()) > _MAX_DRAFT_TOKENS:
-        raise RequestRefused(f"{len(descriptor.draft_tokens or ())} draft tokens were handed over")
+    descriptor = _read(handle.descriptor)
     given = {
         name: value
         for name in Descriptor.__struct_fields__
@@ -73,6 +73,12 @@ def generation_keywords(handle: KVHandle, known: Collection[str]) -> dict[str, A
     return {"request_type": "generation_only", **given}
 
 
-def num_first_tokens(handle: KVHandle) -> int:
-    """How many tokens the prefill generated. Raises RequestRefused as `generation_keywords`."""
-    return len(generation_keywords(handle, ("first_gen_tokens",)).get("first_gen_tokens", ()))
+def _read(content: bytes) -> Descriptor:
+    try:
+        descriptor = _decoder.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestRefused(f"The KV that was handed over cannot be understood: {error}") from error
+    for number in (descriptor.ctx_request_id, descriptor.disagg_request_id):
+        if number is not None and not 0 <= number < 2**64:
+            raise RequestRefused(f"The KV that was handed over cannot be understood: request {number}")
+    return descriptor

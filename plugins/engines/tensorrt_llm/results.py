@@ -16,6 +16,10 @@ _REASONS = {
 }
 
 
+class ResultNotUnderstood(Exception):
+    """A result is not what it is documented to be; what else the executor does may be right."""
+
+
 class ResultReader:
     """Reads one request's results, in order; `read` once after each step of the iteration.
 
@@ -48,12 +52,11 @@ class ResultReader:
         self._num_skipped = self._num_read = count
 
     def read(self, result: Any) -> Output | None:
-        """None where there is nothing new. Raises ValueError for what does not make sense; nothing counts as read
-        then."""
+        """None where there is nothing new. Raises ResultNotUnderstood; nothing counts as read then."""
         try:
             return self._read(result)
-        except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
-            raise ValueError(f"a result that is not understood: {error!r}") from error
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+            raise ResultNotUnderstood(f"The engine's result is not understood: {error!r}") from error
 
     def _read(self, result: Any) -> Output | None:
         output = result.outputs[0]

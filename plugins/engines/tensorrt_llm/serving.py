@@ -7,6 +7,7 @@ import logging
 import random
 from array import array
 from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import suppress
 from itertools import count
 from typing import Any
 
@@ -25,10 +26,15 @@ logger = logging.getLogger(__name__)
 _FIRST_WARM_UP_ID = 3 << 61  # beyond the server's ids and those of the worker's own warm-up
 _WARM_UP_TOKENS = 16
 _STATS_S = 5.0
+_HEALTH_S = 2.0
 
 
 class WarmUpFailed(Exception):
     """The executor cannot generate."""
+
+
+class ExecutorDied(Exception):
+    """Nothing can be generated any more."""
 
 
 class Serving:
@@ -49,6 +55,7 @@ class Serving:
             self._salts,
             moves_kv=bool(executor.kv_fingerprint),
             transfer_s=executor.transfer_s,
+            max_seq_len=executor.max_seq_len,
         )
         self._events: EventTranslator | None = None
         self._num_blocks: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -69,8 +76,14 @@ class Serving:
         return self._books[0].load()
 
     async def broken(self) -> None:
-        """Raises what ends the executor, if it does not show in a request."""
-        await self._generation.broken
+        """Raises what ends the executor, if it does not show in a request: an executor that died while nothing was
+        asked of it, or one that hangs, would answer nobody ever again."""
+        is_healthy = getattr(self._executor.llm, "_check_health", lambda: True)
+        while is_healthy():
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_HEALTH_S):
+                    await asyncio.shield(self._generation.broken)
+        raise ExecutorDied("TensorRT-LLM's executor is not healthy any more")
 
     def close(self) -> None:
         """Nothing is read or generated any more."""

@@ -93,7 +93,8 @@ class LoadBook:
         drafted. num_passes: those in which it got its `num_tokens` tokens; 0: not known."""
         if not self._num_draft_tokens or not num_passes:
             return None
-        drafted, kept = num_passes * self._num_draft_tokens, max(0, num_tokens - num_passes)
+        drafted = num_passes * self._num_draft_tokens
+        kept = min(drafted, max(0, num_tokens - num_passes))
         self._drafted_tokens += drafted
         self._accepted_tokens += kept
         return drafted, kept

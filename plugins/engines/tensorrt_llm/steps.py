@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from trtserve.plugins.api import EngineSink, KVEvent, Output, PassStats, StepOutputs
 from trtserve.plugins.engines.tensorrt_llm.stats import LoadBook
@@ -90,16 +91,9 @@ def _merged(outputs: list[Output]) -> list[Output]:
 
 def _joined(first: Output, then: Output) -> Output:
     has_logprobs = first.logprobs is not None or then.logprobs is not None
-    return Output(
-        first.request_id,
-        [*first.token_ids, *then.token_ids],
-        then.finish_reason,
-        then.stop_token_id,
-        first.cached_tokens if first.cached_tokens is not None else then.cached_tokens,
-        (first.logprobs or ()) + (then.logprobs or ()) if has_logprobs else None,
-        then.error,
-        then.kv_handle,
-        then.kv_lost,
-        then.is_refused,
-        then.speculation,
+    return replace(
+        then,
+        token_ids=[*first.token_ids, *then.token_ids],
+        cached_tokens=first.cached_tokens if first.cached_tokens is not None else then.cached_tokens,
+        logprobs=(first.logprobs or ()) + (then.logprobs or ()) if has_logprobs else None,
     )

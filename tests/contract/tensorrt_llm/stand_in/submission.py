@@ -124,7 +124,7 @@ class Submissions:
             raise violated("attention_dp_rank is given, but attention DP is off")
         if type(rank) is not int or not 0 <= rank < len(pools):
             raise violated(f"attention_dp_rank is {rank!r}, of {len(pools)} ranks")
-        return rank if scheduling.attention_dp_relax is False else emptiest
+        return rank if getattr(scheduling, "attention_dp_relax", False) is False else emptiest
 
     def _sequences(self, prompt: list[int], sampling: SamplingParams) -> list[Sequence]:
         try:

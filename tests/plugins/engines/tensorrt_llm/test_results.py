@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtserve.plugins.api import FinishReason, Request, SamplingParams
-from trtserve.plugins.engines.tensorrt_llm.results import ResultReader
+from trtserve.plugins.engines.tensorrt_llm.results import ResultNotUnderstood, ResultReader
 
 EOS, STOP = 2, 7
 
@@ -135,6 +135,6 @@ def test_likeliest_first_and_only_as_many_as_wanted():
 @pytest.mark.parametrize("logprobs", [None, [], [{99: SimpleNamespace(logprob=-1.0)}], [{11: None}]])
 def test_nonsense_ends_nothing_silently(logprobs):
     reader = ResultReader(request(1))
-    with pytest.raises(ValueError):
+    with pytest.raises(ResultNotUnderstood):
         reader.read(result([11], "length", logprobs=logprobs))
     assert not reader.has_ended and reader.num_tokens == 0

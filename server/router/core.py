@@ -274,6 +274,8 @@ class RoutingCore:
         worker = self.workers.get(worker_id)
         if worker is not None and worker.feed is not None:
             worker.feed.apply(first_event, changes, now_s)
+            if not changes:  # as with most steps
+                return
             removed = [hashes for kind, hashes in changes if kind == "removed"]
             for hashes in removed:
                 worker.eviction.removed(hashes, now_s)
@@ -315,10 +317,11 @@ class RoutingCore:
         worker = self.workers.get(worker_id)
         if worker is None:
             return
-        if stats is not None and worker.tracked.pass_times.wants(stats, now_s):
-            worker.tracked.pass_times.observe(stats, worker.counts.kv_tokens)
-        worker.tracked.pass_ended(stats, load, tokens, rows, now_s)
-        view = worker.counts
+        tracked = worker.tracked
+        view = tracked.counts
+        if stats is not None and tracked.pass_times.wants(stats, now_s):
+            tracked.pass_times.observe(stats, view.kv_tokens)
+        tracked.pass_ended(stats, load, tokens, rows, now_s)
         # Each running sequence has one block that is not full yet, and so not stored.
         view.unused_blocks = max(0, view.info.num_blocks - self.index.num_stored(view.slot) - load.running)
 

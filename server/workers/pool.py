@@ -95,17 +95,19 @@ class WorkerPool:
 
     def on_message(self, identity: bytes, message: wire.FromWorker) -> None:
         """Called by the link for every message, on the loop."""
+        client = self._by_identity.get(identity)
+        if client is not None and type(message) is wire.Step:  # nearly all of them
+            client.heard()
+            self._report(client, client.on_step, message)
+            return
         if isinstance(message, wire.Hello):
             self._hello(identity, message)
             return
-        client = self._by_identity.get(identity)
         if client is None:
             logger.debug("ignored a message of a former worker %r", identity)
             return
         client.heard()
         match message:
-            case wire.Step():
-                self._report(client, client.on_step, message)
             case wire.Blocks():
                 self._report(client, client.on_blocks, message)
             case wire.Heartbeat():

@@ -24,10 +24,14 @@ class StandInServer(ServerProcess):
         """num_blocks: of each worker."""
         super().until_idle(num_blocks * self._num_workers)
 
-    def num_serving(self) -> int:
-        """Workers that are given requests. One that is up is not before each of its pairs has handed over."""
-        ranks = self.client.get("/v1/router/state").json()["workers"]
-        return len({rank["id"].partition("/")[0] for rank in ranks if not rank["is_draining"]})
+    def until_serving(self) -> None:
+        """Wait until every worker is given requests. One that is up is not before it has tried its pairs."""
+
+        def serving() -> set[str]:
+            ranks = self.client.get("/v1/router/state").json()["workers"]
+            return {rank["id"].partition("/")[0] for rank in ranks if not rank["is_draining"]}
+
+        eventually(lambda: len(serving()) == self._num_workers, "every worker serves", timeout_s=30)
 
     def broken_rules(self) -> list[str]:
         return self._rules.read_text().splitlines() if self._rules.exists() else []
@@ -53,7 +57,7 @@ def stand_in_server(
         str(model), *flags, *more, rules=rules, num_workers=num_workers, environment=environment
     ) as server:
         server.until_ready()
-        eventually(lambda: server.num_serving() == num_workers, "every worker has tried its pairs", timeout_s=30)
+        server.until_serving()
         yield server
         assert server.broken_rules() == []
     assert server.broken_rules() == []

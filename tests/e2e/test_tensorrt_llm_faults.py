@@ -79,21 +79,22 @@ def test_a_transfer_that_fails_costs_a_prefill(sim_model, tmp_path, expected):
         server.until_idle()
 
 
-@pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
-def test_a_worker_dies_under_load(sim_model, tmp_path, expected, victim):
+def test_a_worker_dies_under_load(sim_model, tmp_path, expected):
+    """First one that prefills, then one that decodes; each time nobody has a prompt's KV yet."""
     with stand_in_server(
         sim_model, tmp_path, mode="disagg", prefill=2, decode=2, STEP_MS="10", TRANSFER_MS="30"
     ) as server:
-        pid = _pid_of(server, victim)
-        with ThreadPoolExecutor(len(PROMPTS)) as pool:
-            asked = [pool.submit(ask, server, prompt) for prompt in PROMPTS]
-            server.until_metric("trtserve_worker_running_sequences", bool)
-            os.kill(pid, signal.SIGKILL)
-            responses = [future.result() for future in asked]
-        assert {response.status_code for response in responses} == {200}, [one.text for one in responses]
-        assert [response.json()["choices"][0]["text"] for response in responses] == expected
-        server.until_metric("trtserve_worker_up", lambda count: count == 4)
-        server.until_idle()
+        for victim in ("prefill-0", "decode-0"):
+            pid = _pid_of(server, victim)
+            with ThreadPoolExecutor(len(PROMPTS)) as pool:
+                asked = [pool.submit(ask, server, prompt, cache_salt=victim) for prompt in PROMPTS]
+                server.until_metric("trtserve_worker_running_sequences", bool)
+                os.kill(pid, signal.SIGKILL)
+                responses = [future.result() for future in asked]
+            assert {response.status_code for response in responses} == {200}, [one.text for one in responses]
+            assert [response.json()["choices"][0]["text"] for response in responses] == expected
+            server.until_serving()
+            server.until_idle()
 
 
 def test_a_bad_request_fails_alone_and_a_broken_executor_is_replaced(sim_model, tmp_path, expected):

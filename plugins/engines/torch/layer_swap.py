@@ -74,13 +74,14 @@ class SwappedLayer(nn.Module):
         self._kv_heads = attention.k_proj.out_features // self._head_dim
         self._terms = AttentionTerms(attention.scaling, _window(attention), None, None)
         self._rotary = rotary
-        self._input_norm, self._mlp_norm = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        self._input_norm, self._mlp_norm = RMSNorm(layer.input_layernorm), RMSNorm(layer.post_attention_layernorm)
         has_head_norms = hasattr(attention, "q_norm")
-        self._query_norm = _Norm(attention.q_norm) if has_head_norms else None
-        self._key_norm = _Norm(attention.k_norm) if has_head_norms else None
+        self._query_norm = RMSNorm(attention.q_norm) if has_head_norms else None
+        self._key_norm = RMSNorm(attention.k_norm) if has_head_norms else None
         self._qkv = _fused([attention.q_proj, attention.k_proj, attention.v_proj], packed)
         self._output = _fused([attention.o_proj], packed)
-        self._gate_up = _fused([mlp.gate_proj, mlp.up_proj], packed)
+        # apart, so that oneDNN takes the activation and the product of both along
+        self._gate, self._up = _fused([mlp.gate_proj], packed), _fused([mlp.up_proj], packed)
         self._down = _fused([mlp.down_proj], packed)
 
     def forward(
@@ -93,10 +94,9 @@ class SwappedLayer(nn.Module):
     ) -> Tensor:
         """hidden_states: [1, tokens, hidden] -> the same shape."""
         x = hidden_states[0]
-        x = x + self._attend(self._input_norm(x), position_embeddings, paged)
-        gate, up = self._gate_up(self._mlp_norm(x)).chunk(2, dim=-1)
-        x += self._down(F.silu(gate) * up)
-        return x[None]
+        x = self._output.plus(self._attend(self._input_norm(x), position_embeddings, paged), x)
+        y = self._mlp_norm(x)
+        return self._down.plus(self._up.times(y, self._gate.silu(y)), x)[None]
 
     def _attend(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], paged: PagedStep) -> Tensor:
         tokens, heads, both = x.shape[0], self._heads, self._heads + self._kv_heads
@@ -107,8 +107,7 @@ class SwappedLayer(nn.Module):
         turned = self._rotate(turned, position_embeddings).transpose(0, 1)
         value = projected[:, both:].transpose(0, 1)
         mixed = paged.attend(self.layer_idx, turned[:heads], turned[heads:], value, self._terms)
-        result: Tensor = self._output(mixed.reshape(tokens, -1))
-        return result
+        return mixed.reshape(tokens, -1)
 
     def _rotate(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         cos, sin = position_embeddings
@@ -120,15 +119,25 @@ class SwappedLayer(nn.Module):
         return torch.addcmul(x * tables.cos, swapped, tables.signed_sin)
 
 
-class _Norm(nn.Module):
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + epsilon) * weight over the last dimension, rounded once."""
+
     def __init__(self, norm: Any) -> None:
         super().__init__()
         self._weight: Tensor = norm.weight.detach()
         self._epsilon: float = norm.variance_epsilon
         self._shape = tuple(self._weight.shape)
+        # torch's own is one kernel on CUDA, and on the CPU many, of which these few do the same
+        is_half = self._weight.dtype in (torch.bfloat16, torch.float16) and self._weight.device.type == "cpu"
+        self._single = self._weight.float() if is_half else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self._shape, self._weight, self._epsilon)
+        if self._single is None:
+            return F.rms_norm(x, self._shape, self._weight, self._epsilon)
+        numbers = x.float()
+        length = torch.linalg.vector_norm(numbers, dim=-1, keepdim=True)
+        scale = length.square_().div_(self._shape[0]).add_(self._epsilon).rsqrt_()
+        return numbers.mul_(scale).mul_(self._single).to(x.dtype)
 
 
 def _fused(linears: list[Any], packed: bool) -> Linear:

@@ -27,18 +27,37 @@ class Linear(nn.Module):
             return _packed_linear(x, self._weight, self._bias)
         return F.linear(x, self._weight, self._bias)
 
+    def silu(self, x: Tensor) -> Tensor:
+        """silu of the product; a packed linear takes it before it rounds."""
+        if self._packed:
+            return _packed_linear(x, self._weight, self._bias, "swish")
+        return F.silu(self.forward(x))
+
+    def times(self, x: Tensor, factor: Tensor) -> Tensor:
+        """The product, times `factor` of its shape; a packed linear multiplies before it rounds."""
+        if self._packed:
+            return _packed_with(x, self._weight, self._bias, "mul", factor)
+        return self.forward(x) * factor
+
+    def plus(self, x: Tensor, term: Tensor) -> Tensor:
+        """The product, plus `term` of its shape; a packed linear adds before it rounds."""
+        if self._packed:
+            return _packed_with(x, self._weight, self._bias, "add", term)
+        return self.forward(x) + term
+
 
 def packing_works(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether this torch on this machine packs linears of this kind and computes the same with them."""
     if dtype is not torch.bfloat16 or device.type != "cpu":
         return False
     generator = torch.Generator().manual_seed(0)
-    weight, bias, x = (torch.randn(shape, generator=generator).to(dtype) for shape in ((96, 64), (96,), (3, 64)))
+    shapes = ((96, 64), (96,), (3, 64), (3, 96))
+    weight, bias, x, other = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
     try:
-        got = _packed_linear(x, _pack(weight), bias)
+        got = _all_forms(Linear(weight, bias, packed=True), x, other)
     except (AttributeError, NotImplementedError, RuntimeError):
         return False
-    return torch.allclose(got, F.linear(x, weight, bias), rtol=0.02, atol=0.05)
+    return torch.allclose(got, _all_forms(Linear(weight, bias, packed=False), x, other), rtol=0.02, atol=0.1)
 
 
 def pack_linears(module: nn.Module) -> int:
@@ -58,6 +77,15 @@ def _pack(weight: Tensor) -> Tensor:
     return packed
 
 
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _all_forms(linear: Linear, x: Tensor, other: Tensor) -> Tensor:
+    return torch.stack([linear(x), linear.silu(x), linear.times(x, other), linear.plus(x, other)])
+
+
+def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
     return product
+
+
+def _packed_with(x: Tensor, weight: Tensor, bias: Tensor | None, operation: str, other: Tensor) -> Tensor:
+    result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, operation)
+    return result

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from trtserve.plugins.engines.torch.layer_swap import SwappedLayer, swap_layers
+from trtserve.plugins.engines.torch.layer_swap import RMSNorm, SwappedLayer, swap_layers
 from trtserve.plugins.engines.torch.model import prepare_model
 from trtserve.plugins.engines.torch.options import TorchOptions
 from trtserve.plugins.engines.torch.packed_linear import Linear, pack_linears, packing_works
@@ -82,9 +84,25 @@ def test_packed_linear_computes_the_same(rows, with_bias):
     plain = nn.Linear(48, 80, bias=with_bias).bfloat16()
     parent = nn.Sequential(copy.deepcopy(plain))
     assert pack_linears(parent) == 1
-    x = torch.randn(2, rows, 48).bfloat16()
+    packed = parent[0]
+    x, other = torch.randn(2, rows, 48).bfloat16(), torch.randn(2, rows, 80).bfloat16()
     with torch.inference_mode():
-        assert torch.allclose(parent(x), plain(x), atol=0.02, rtol=0.02)
+        product = plain(x)
+        close = partial(torch.allclose, atol=0.04, rtol=0.02)
+        assert torch.allclose(packed(x), product, atol=0.02, rtol=0.02)
+        assert close(packed.silu(x), nn.functional.silu(product))
+        assert close(packed.times(x, other), product * other)
+        assert close(packed.plus(x, other), product + other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_swapped_layers_norm_rounds_once(dtype):
+    norm = SimpleNamespace(weight=torch.randn(48).to(dtype), variance_epsilon=1e-5)
+    x = 3 * torch.randn(7, 48).to(dtype)
+    before = x.clone()
+    got, exact = RMSNorm(norm)(x), nn.functional.rms_norm(x.double(), (48,), norm.weight.double(), 1e-5)
+    assert torch.equal(x, before)
+    assert got.dtype is dtype and torch.allclose(got, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 def test_packing_is_for_bfloat16_on_the_cpu():

@@ -214,7 +214,8 @@ async def test_a_commit_before_the_end_drops_the_fetch(sites):
 
 async def test_many_at_once(sites):
     """More than there are rows for, with cancels and aborts in between: nothing is wrong and nothing is left."""
-    prefill, decode = await sites.pair(max_num_tokens=256, num_rows=200)
+    # Room for all of them: what was written is still there when its request comes, however late that is.
+    prefill, decode = await sites.pair(max_num_tokens=256, num_rows=200, num_blocks=2000)
 
     async def one(number):
         request = a_prompt(number, num_tokens=100 + number)

@@ -71,6 +71,8 @@ async def test_a_crash_after_ready_restarts_with_growing_pauses(supervision, cap
     assert pauses[:4] == ["0.1", "0.2", "0.4", "0.8"]
     assert "agg-0: ended with exit code 7" in caplog.text
     assert supervision.client.restarts >= 3 and not supervision.task.done()
+    # What the last one said may come after its end.
+    await until(lambda: len(re.findall(r"pid \d+", caplog.text)) >= 4, 20)
     pids = re.findall(r"pid (\d+)", caplog.text)
     assert len(set(pids)) == len(pids) >= 4
     heard = supervision.house.listener.heard

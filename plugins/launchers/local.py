@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
 
 from trtserve.plugins.api import Launcher, LaunchSpec, WorkerProcess
 from trtserve.plugins.hooks import hookimpl
@@ -28,6 +31,8 @@ class LocalProcess:
             os.killpg(self._process.pid, signal_number)
         except ProcessLookupError:
             pass
+        if signal_number == signal.SIGKILL:
+            _kill_session(self._process.pid)
 
 
 class LocalLauncher:
@@ -47,6 +52,26 @@ class LocalLauncher:
         finally:
             os.close(log)
         return LocalProcess(process)
+
+
+def _kill_session(session_id: int) -> None:
+    """Open MPI 5 gives each rank a process group of its own; they stay in the session."""
+    for pid in _members(session_id):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
+def _members(session_id: int) -> Iterator[int]:
+    """Pids, zombies included; none where there is no /proc."""
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()  # the name before it may hold anything
+        except OSError:  # ended meanwhile
+            continue
+        if int(fields[3]) == session_id:
+            yield int(stat.parent.name)
 
 
 @hookimpl

@@ -35,12 +35,14 @@ async def test_cancelling_leaves_no_process_not_even_a_deaf_one(supervision):
     assert not is_alive(pid) and supervision.supervisor.processes == {}
 
 
-async def test_cancelling_ends_grandchildren_too(supervision):
-    supervision.start("""
+@pytest.mark.parametrize("group", [None, 0], ids=["in its group", "in groups of their own"])
+async def test_cancelling_ends_grandchildren_too(supervision, group):
+    """Ranks of an engine, which MPI may put into groups of their own."""
+    supervision.start(f"""
         deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
-        child = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE)
+        child = subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE, process_group={group})
         child.stdout.readline()
-        join(); say(wire.Progress(f"child {child.pid}")); time.sleep(60)
+        join(); say(wire.Progress(f"child {{child.pid}}")); time.sleep(60)
     """)
     await supervision.ready()
     await until(lambda: supervision.client.phase.startswith("child"))

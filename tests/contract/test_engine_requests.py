@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from tests.models import EOS_TOKEN_ID, MAX_SEQ_LEN, VOCAB_SIZE
-from trtserve.plugins.api import EngineConfig, FinishReason, KVStored, Request, SamplingParams
+from trtserve.plugins.api import EngineConfig, FinishReason, KVStored, Request, Role, SamplingParams
 from trtserve.plugins.blocks import block_hashes
 from trtserve.plugins.conformance.case import EngineCase
 from trtserve.plugins.conformance.sink import CollectingSink
@@ -227,3 +227,25 @@ def test_more_host_blocks_than_the_router_may_hear_of(case):
                 known -= set(event.hashes)
             most = max(most, len(known))
         assert 12 < most <= running.info.num_blocks == 24
+
+
+def test_a_logit_bias_is_followed(case):
+    with case.running() as running:
+        assert list(running.generate(case.prompt(20), max_tokens=3, logit_bias=((77, 100.0),)).token_ids) == [77] * 3
+        refused = running.generate(case.prompt(20), max_tokens=3, logit_bias=((VOCAB_SIZE, 1.0),))
+        assert refused.finish_reason is FinishReason.ERROR and "logit_bias names token" in refused.error
+
+
+@pytest.mark.parametrize(
+    ("variables", "backend"),
+    [((), "NIXL"), (("UCX",), "UCX"), (("NIXL", "UCX"), "NIXL"), (("MOONCAKE", "UCX"), "UCX")],
+)
+def test_what_the_default_transceiver_is(case, monkeypatch, variables, backend):
+    for name in ("NIXL", "UCX", "MOONCAKE", "MPI"):
+        monkeypatch.setenv(f"TRTLLM_USE_{name}_KVCACHE", "1" if name in variables else "0")
+    config = with_options(case, transceiver_backend="DEFAULT").config
+    engine = case.make(replace(config, role=Role.DECODE))
+    try:
+        assert f"tensorrt_llm, {backend}, " in engine.start(CollectingSink()).kv_fingerprint
+    finally:
+        engine.close()

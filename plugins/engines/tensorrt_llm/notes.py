@@ -32,6 +32,12 @@ def _no_transfer_timeout(facts: Facts) -> str | None:
     return "no kv_transfer_timeout_ms: a transfer that never completes holds its KV for ever (#12476)"
 
 
+def _timeout_of_pipelines(facts: Facts) -> str | None:
+    if facts.config.role is not Role.PREFILL or facts.number("pipeline_parallel_size", 1) == 1:
+        return None
+    return "pipeline parallel prefill: kv_transfer_timeout_ms was never looked at there (#17124)"
+
+
 def _ignore_eos(facts: Facts) -> str | None:
     mtp = str(facts.inner("speculative_config").get("decoding_type")).upper() == "MTP"
     return "MTP: requests with ignore_eos draft after the answer's end, where little is accepted" if mtp else None
@@ -89,6 +95,6 @@ def _no_stats(facts: Facts) -> str | None:
 
 
 NOTES: tuple[Rule, ...] = (
-    *(_attention_backend, _reuse_while_moving, _no_transfer_timeout, _ignore_eos, _sampling_with_drafts),
-    *(_chunks_and_drafts, _guided_decoding, _long_prompts, _moe_tokens, _no_stats),
+    *(_attention_backend, _reuse_while_moving, _no_transfer_timeout, _timeout_of_pipelines),
+    *(_ignore_eos, _sampling_with_drafts, _chunks_and_drafts, _guided_decoding, _long_prompts, _moe_tokens, _no_stats),
 )

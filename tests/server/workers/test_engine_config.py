@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import runpy
+import sys
 
 import pytest
 
 from trtserve.plugins.api import EnginePlan, Role
 from trtserve.plugins.manager import PluginError, PluginManager
+from trtserve.server import cli
 from trtserve.server.workers.engine_config import engine_config, take_environment, with_engine_defaults
 from trtserve.settings.schema import RoleSettings, Settings
 
@@ -51,3 +54,11 @@ def test_a_worker_by_hand_takes_its_environment(monkeypatch):
     ]
     take_environment(plan, "4,5")
     assert os.environ["CUDA_VISIBLE_DEVICES"] == "4,5"
+
+
+def test_a_main_module_that_is_read_again_starts_nothing(monkeypatch):
+    """As MPI ranks of an engine do it."""
+    monkeypatch.setattr(sys, "argv", ["trtserve", "worker", "--no-such-flag"])
+    runpy.run_path(cli.__file__, run_name="__worker__")
+    with pytest.raises(SystemExit):
+        runpy.run_path(cli.__file__, run_name="__main__")

@@ -126,6 +126,7 @@ NOTED = [
         "#12476",
         dict(role=Role.DECODE),
     ),
+    (dict(role=Role.PREFILL, pipeline_parallel_size=2), "#17124", dict(pipeline_parallel_size=2)),
     (dict(speculative_config=MTP), "ignore_eos", {}),
     (
         dict(speculative_config=MTP),

@@ -258,6 +258,8 @@ async def test_a_run_that_is_cancelled_leaves_no_lease(sites):
             await asyncio.sleep(0)
         run.cancel()
         await asyncio.wait({run})
+        if not run.cancelled():  # on a busy machine it was over before: the lease is the caller's then
+            prefill.kv.drop(run.result().kv_handle.lease_id)
     await nothing_is_left(prefill)
 
 

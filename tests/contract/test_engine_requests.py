@@ -249,3 +249,13 @@ def test_what_the_default_transceiver_is(case, monkeypatch, variables, backend):
         assert f"tensorrt_llm, {backend}, " in engine.start(CollectingSink()).kv_fingerprint
     finally:
         engine.close()
+
+
+def test_arguments_that_the_installed_version_lacks_are_named_all_at_once(case, import_trtllm, monkeypatch):
+    gone = "TorchLlmArgs.enable_chunked_prefill,TorchLlmArgs.enable_iter_perf_stats"
+    monkeypatch.setenv("TENSORRT_LLM_STAND_IN_WITHOUT", gone)
+    import_trtllm()
+    engine = case.make(case.config)
+    with pytest.raises(ValueError, match=r"1\.2\.1 has no argument enable_chunked_prefill.*, enable_iter_perf_stats"):
+        engine.start(CollectingSink())
+    engine.close()

@@ -71,6 +71,7 @@ def load_executor(config: EngineConfig, progress: Callable[[str], None]) -> Exec
     library = load_library()
     logger.info("TensorRT-LLM %s", library.version)
     merged = library.update_arguments(deepcopy(dict(arguments.base)), deepcopy(dict(arguments.extra)))
+    library.check_arguments(merged)
     progress("loading the model into TensorRT-LLM")
     return _describe(library.llm(**merged), library, config, options)
 

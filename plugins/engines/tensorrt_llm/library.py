@@ -9,9 +9,14 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+
+
+class UnknownArguments(ValueError):
+    """Arguments of LLM that the installed version does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +35,7 @@ class Library:
     sampling_fields: frozenset[str]
     disaggregated_fields: frozenset[str]
     scheduling_fields: frozenset[str]
-    argument_fields: frozenset[str]
+    argument_fields: frozenset[str]  # what LLM itself takes
 
     def about(self) -> tuple[tuple[str, str], ...]:
         """What a person who looks at a worker may want to know."""
@@ -43,6 +48,18 @@ class Library:
         }
         there = " ".join(name for name, is_there in optional.items() if is_there)
         return ("tensorrt_llm", self.version), ("tensorrt_llm_features", there)
+
+    def check_arguments(self, arguments: Iterable[str]) -> None:
+        """Raises UnknownArguments naming all that this version does not have; LLM would name the first."""
+        unknown = sorted(set(arguments) - self.argument_fields)
+        if unknown:
+            told = [f"{name}{_like(name, self.argument_fields)}" for name in unknown]
+            raise UnknownArguments(f"TensorRT-LLM {self.version} has no argument {', '.join(told)}")
+
+
+def _like(name: str, known: Iterable[str]) -> str:
+    nearest = get_close_matches(name, list(known), n=1)
+    return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
 def load_library() -> Library:
@@ -68,7 +85,8 @@ def load_library() -> Library:
         sampling_fields=_fields(sampling.SamplingParams),
         disaggregated_fields=_fields(disaggregated),
         scheduling_fields=_fields(scheduling),
-        argument_fields=frozenset(arguments.TorchLlmArgs.model_fields),
+        argument_fields=frozenset(arguments.TorchLlmArgs.model_fields)
+        | frozenset(inspect.signature(package.LLM).parameters),
     )
 
 

@@ -74,10 +74,15 @@ class Generation:
         self._transfer_s = transfer_s
         self._live: dict[RequestId, _Live] = {}
         self._first_tokens = FirstTokens(max_seq_len)
-        self.submitted = asyncio.Event()
-        """Set with each submission: what TensorRT-LLM stopped telling for want of work is told again."""
+        self._submissions: list[asyncio.Event] = []
         self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         """Fails when the executor is found to be stuck."""
+
+    def submission(self) -> asyncio.Event:
+        """A new event, the caller's to clear, that each submission sets: what TensorRT-LLM stopped telling for want of
+        work is told again then."""
+        self._submissions.append(asyncio.Event())
+        return self._submissions[-1]
 
     def add(self, request: Request) -> None:
         """Count it from now on; `run` follows."""
@@ -154,7 +159,8 @@ class Generation:
             live.result = self._submit(live, is_prefill)
         except ValueError as error:  # from a result it would mean that the executor is broken
             raise RequestRefused(str(error)) from error
-        self.submitted.set()
+        for submission in self._submissions:
+            submission.set()
         if is_prefill:
             await live.result.aresult()
             self._read_prefill(live, reader)

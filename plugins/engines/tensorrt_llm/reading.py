@@ -25,7 +25,8 @@ async def read_on(
     make: Callable[[float], AsyncIterator[Any]], submitted: asyncio.Event, take: Callable[[Mapping[str, Any]], None]
 ) -> None:
     """Read for as long as the task lives. make: begins an iteration, which ends after so many seconds of silence.
-    submitted: is set with each submission. An item that makes no sense is logged, once, and left out."""
+    submitted: this reader's own, set with each submission. An item that makes no sense is logged, once, and left out.
+    """
     has_complained = False
     while True:
         submitted.clear()

@@ -121,12 +121,16 @@ class Serving:
 
     def _start_readers(self) -> None:
         executor = self._executor
-        submitted = self._generation.submitted
+        generation = self._generation
         if executor.has_stats:
-            self._readers.append(self._group.create_task(read_on(self._stats, submitted, self._take_stats)))
+            self._readers.append(
+                self._group.create_task(read_on(self._stats, generation.submission(), self._take_stats))
+            )
         if executor.publishes_kv_events:
             self._events = EventTranslator(executor.block_size, self._salts, executor.num_ranks)
-            self._readers.append(self._group.create_task(read_on(self._kv_events, submitted, self._take_event)))
+            self._readers.append(
+                self._group.create_task(read_on(self._kv_events, generation.submission(), self._take_event))
+            )
 
     async def _cache_blocks(self) -> int:
         """How large a rank's KV cache is, from the event that it was created or else the first statistics."""

@@ -259,3 +259,14 @@ def test_arguments_that_the_installed_version_lacks_are_named_all_at_once(case, 
     with pytest.raises(ValueError, match=r"1\.2\.1 has no argument enable_chunked_prefill.*, enable_iter_perf_stats"):
         engine.start(CollectingSink())
     engine.close()
+
+
+@pytest.mark.parametrize("drop_every", ["1", "0"])
+def test_kv_events_that_never_come_are_missed(case, monkeypatch, caplog, drop_every):
+    monkeypatch.setenv("TENSORRT_LLM_STAND_IN_DROP_EVERY_EVENT", drop_every)
+    with case.running() as running:
+        for number in range(18):
+            running.generate(case.prompt(20, number), max_tokens=2)
+        if drop_every == "0":
+            running.sink.wait_events(1, DEADLINE_S)
+    assert ("has told of no stored KV block in 16 requests" in caplog.text) is (drop_every == "1")

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 _FIRST_WARM_UP_ID = 3 << 61  # beyond the server's ids and those of the worker's own warm-up
 _WARM_UP_TOKENS = 16
 _STATS_S = 5.0
+_MOST_UNHEARD = 16
 _HEALTH_S = 2.0
 
 
@@ -60,13 +61,28 @@ class Serving:
         self._events: EventTranslator | None = None
         self._num_blocks: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._readers: list[asyncio.Task[None]] = []
+        self._has_stored_blocks = False  # an event has told of some
+        self._num_unheard = 0  # requests that must have stored blocks, before the first such event
 
     # -------------------------------------------------------------- requests, on the loop
 
     def submit(self, request: Request) -> None:
         self._report.open()
+        self._miss_events(request)
         self._generation.add(request)
         self._group.create_task(self._generation.run(request.id))
+
+    def _miss_events(self, request: Request) -> None:
+        """Say so where requests fill blocks and no event tells of it: routing would be blind in silence."""
+        if self._events is None or self._has_stored_blocks or len(request.prompt) <= self._executor.block_size:
+            return
+        self._num_unheard += 1
+        if self._num_unheard == _MOST_UNHEARD:
+            logger.warning(
+                "TensorRT-LLM has told of no stored KV block in %d requests: the router does not know what this worker "
+                "has cached; see kv_cache_config.event_buffer_max_size and enable_block_reuse",
+                _MOST_UNHEARD,
+            )
 
     def cancel(self, request_id: RequestId) -> None:
         self._generation.cancel(request_id)
@@ -189,6 +205,7 @@ class Serving:
         rank, events = self._events.translate(event)
         self._learn_blocks(self._events.num_blocks)
         self._books[0].lost_kv_events = self._events.num_lost  # of all ranks
+        self._has_stored_blocks = self._has_stored_blocks or bool(events)
         self._report.events(events, rank)
 
     def _learn_blocks(self, count: int | None) -> None:

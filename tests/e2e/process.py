@@ -122,6 +122,13 @@ def _bears(process: Path, mark: bytes) -> bool:
         return False
 
 
+def _arguments(pid: int) -> list[str]:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    except OSError:  # ended meanwhile
+        return []
+
+
 class ServerProcess(TrtserveProcess):
     """A `trtserve serve` on a free port."""
 
@@ -151,6 +158,14 @@ class ServerProcess(TrtserveProcess):
 
     def worker_pids(self) -> list[int]:
         return [pid for pid in self.tree() if pid != self.pid]
+
+    def worker_pid(self, worker_id: str) -> int:
+        """The process of one worker, once there is one."""
+
+        def find() -> int | None:
+            return next((pid for pid in self.worker_pids() if worker_id in _arguments(pid)), None)
+
+        return eventually(find, f"the process of {worker_id}")  # type: ignore[return-value]  # true, so no None
 
     def metrics(self) -> dict[str, float]:
         """Sample → value; a sample is its name with its labels as Prometheus writes them."""

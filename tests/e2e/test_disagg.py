@@ -157,7 +157,7 @@ async def test_a_worker_that_is_killed_costs_no_wrong_token(serve: Serve, expect
                 group.create_task(ask(number, prompt)) for _ in range(4) for number, prompt in enumerate(prompts())
             ]
             await asyncio.to_thread(server.until_metric, "trtserve_kv_fetches_total", lambda value: value > 5)
-            os.kill(worker_pid(server, f"{role}-0"), signal.SIGKILL)
+            os.kill(server.worker_pid(f"{role}-0"), signal.SIGKILL)
         answers = [task.result() for task in tasks]
     assert {status for _, status, _ in answers} <= {200, 503}
     assert all(text == expected[number] for number, status, text in answers if status == 200)
@@ -168,19 +168,12 @@ async def test_a_worker_that_is_killed_costs_no_wrong_token(serve: Serve, expect
 
 def test_without_its_only_prefill_worker_the_decode_worker_computes_prompts(serve: Serve, expected: dict[int, str]):
     server = disagg(serve, "--disagg-policy", "always")
-    os.kill(worker_pid(server, "prefill-0"), signal.SIGKILL)
+    os.kill(server.worker_pid("prefill-0"), signal.SIGKILL)
     server.until_metric("trtserve_worker_up", lambda value: value == 1)
     assert [answer(server.client, prompt) for prompt in prompts()[:4]] == [expected[number] for number in range(4)]
     assert server.metrics()['trtserve_mode_events_total{event="prefill_moved_to_decode"}'] > 0
     server.until_metric("trtserve_worker_up", lambda value: value == 2)
     server.until_idle(2 * 512)
-
-
-def worker_pid(server: ServerProcess, worker_id: str) -> int:
-    for pid in server.worker_pids():
-        if worker_id in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
-            return pid
-    raise AssertionError(f"no process of {worker_id}")
 
 
 async def test_clients_that_leave_in_any_phase_leave_nothing(serve: Serve):

@@ -78,13 +78,6 @@ def busy_worker(server: ServerProcess, role: str) -> str:
     return eventually(found, f"a {role} worker has a request")
 
 
-def pid_of(server: ServerProcess, worker_id: str) -> int:
-    for pid in server.worker_pids():
-        if worker_id in Path(f"/proc/{pid}/cmdline").read_text().split("\0"):
-            return pid
-    raise AssertionError(f"no process of {worker_id}")
-
-
 def run_struck(client: httpx.Client, prompt: list[int], after_events: int, strike: Callable[[str], None]) -> list[dict]:
     """Stream an answer; strike after so many events, 0: as soon as a worker has the request. `strike` is told which
     prefill worker gave the first token, "" if none has yet."""
@@ -138,7 +131,7 @@ def test_a_worker_goes(server: ServerProcess, expected, number: signal.Signals, 
 
     def strike(prefill_worker: str) -> None:
         is_known = role == "prefill" and prefill_worker
-        os.kill(pid_of(server, prefill_worker if is_known else busy_worker(server, role)), number)
+        os.kill(server.worker_pid(prefill_worker if is_known else busy_worker(server, role)), number)
 
     begun_s = time.monotonic()
     seen = run_struck(server.client, prompt, PHASES[phase], strike)

@@ -8,7 +8,6 @@ import random
 import signal
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -40,11 +39,6 @@ def worker(server: ServerProcess, worker_id: str) -> dict:
 
 def refusal(response: httpx.Response) -> tuple[int, str]:
     return response.status_code, response.json()["error"]["code"]
-
-
-def pid_of(server: ServerProcess, worker_id: str) -> int:
-    (pid,) = (pid for pid in server.worker_pids() if worker_id.encode() in Path(f"/proc/{pid}/cmdline").read_bytes())
-    return pid
 
 
 def answer(client: httpx.Client, prompt: list[int]) -> str:
@@ -122,7 +116,7 @@ def test_while_it_drains_it_takes_nothing_and_no_second_change(slow: ServerProce
         assert refusal(change(slow, "decode-0", "prefill", force=True)) == (409, "draining_already")
         refused = slow.client.post(PATH, json={"prompt": [5] * 50, "max_tokens": 3})
         assert refusal(refused) == (503, "no_worker"), "it was the last one, and that was forced"
-        os.kill(pid_of(slow, "decode-0"), signal.SIGKILL)
+        os.kill(slow.worker_pid("decode-0"), signal.SIGKILL)
     finally:
         draining.join(20)
     assert refusal(results[0]) == (409, "worker_not_ready")
@@ -142,7 +136,7 @@ def test_a_worker_goes_over_with_its_cache_and_comes_back_in_its_new_role(slow: 
     assert slow.metric("trtserve_kv_fetches_total") > before
     index = slow.client.post("/v1/router/check").json()["workers"]
     assert not any(one["missing_blocks"] or one["extra_blocks"] for one in index), index
-    os.kill(pid_of(slow, "prefill-1"), signal.SIGKILL)
+    os.kill(slow.worker_pid("prefill-1"), signal.SIGKILL)
     eventually(lambda: worker(slow, "prefill-1")["restarts"] == 1, "it is started again")
     eventually(lambda: worker(slow, "prefill-1")["state"] == "ready", "it is ready again")
     assert worker(slow, "prefill-1")["role"] == "decode"
@@ -234,7 +228,7 @@ async def test_changes_at_once_and_deaths_while_draining_end_cleanly(serve: Serv
                     jobs = [asyncio.ensure_future(wish(*one)) for one in wanted]
                     if turn % 2:
                         await asyncio.sleep(0.01)
-                        os.kill(pid_of(server, wanted[0][0]), signal.SIGKILL)
+                        os.kill(server.worker_pid(wanted[0][0]), signal.SIGKILL)
                     for status, code in await asyncio.gather(*jobs):
                         assert status == 200 or code in ("last_of_its_role", "draining_already", "worker_not_ready")
                     kills = float((turn + 1) // 2)

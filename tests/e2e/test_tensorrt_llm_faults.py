@@ -12,7 +12,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.process import eventually
 from tests.e2e.stand_in import StandInServer, stand_in_server
 
 PATH = "/v1/completions"
@@ -85,7 +84,7 @@ def test_a_worker_dies_under_load(sim_model, tmp_path, expected):
         sim_model, tmp_path, mode="disagg", prefill=2, decode=2, STEP_MS="10", TRANSFER_MS="30"
     ) as server:
         for victim in ("prefill-0", "decode-0"):
-            pid = _pid_of(server, victim)
+            pid = server.worker_pid(victim)
             with ThreadPoolExecutor(len(PROMPTS)) as pool:
                 asked = [pool.submit(ask, server, prompt, cache_salt=victim) for prompt in PROMPTS]
                 server.until_metric("trtserve_worker_running_sequences", bool)
@@ -155,14 +154,3 @@ def test_forms_reach_the_engine_as_bare_schemas(sim_model, tmp_path):
 def _leave(server: StandInServer, prompt: list[int], timeout_s: float) -> None:
     with pytest.raises(httpx.TimeoutException):
         server.client.post(PATH, json={"prompt": prompt, "max_tokens": 600}, timeout=timeout_s)
-
-
-def _pid_of(server: StandInServer, worker_id: str) -> int:
-    def find() -> int | None:
-        for pid in server.worker_pids():
-            arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if worker_id.encode() in arguments:
-                return pid
-        return None
-
-    return eventually(find, f"the process of {worker_id}")

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.process import ServerProcess, eventually
+from tests.e2e.process import ServerProcess
 from tests.gpu.test_server import PATH, answers, prompts
 from trtserve.plugins.transfer import cuda_driver
 from trtserve.plugins.transfer_api import TransferError
@@ -69,7 +69,7 @@ def test_the_roles_of_two_gpus_change_places(pair: ServerProcess, expected: list
 
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
 def test_a_worker_is_killed_while_its_gpu_is_read(pair: ServerProcess, expected: list[str], victim: str):
-    pid = _pid_of(pair, victim)
+    pid = pair.worker_pid(victim)
 
     async def load() -> list[str | int]:
         async with httpx.AsyncClient(base_url=pair.url, trust_env=False, timeout=120) as client:
@@ -91,13 +91,3 @@ def test_a_worker_is_killed_while_its_gpu_is_read(pair: ServerProcess, expected:
         assert said == expected
     pair.until_metric("trtserve_worker_up", lambda count: count == 2, 120)
     assert asyncio.run(answers(pair.url)) == expected
-
-
-def _pid_of(server: ServerProcess, worker_id: str) -> int:
-    def find() -> int | None:
-        for pid in server.worker_pids():
-            if worker_id.encode() in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):
-                return pid
-        return None
-
-    return eventually(find, f"the process of {worker_id}")

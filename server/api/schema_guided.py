@@ -17,9 +17,8 @@ from trtserve.server.api.schema_problems import invalid_request
 from trtserve.server.errors import InvalidRequest
 
 MAX_GUIDE_BYTES = 256 * 1024
-_MAX_GUIDE_CHARS = MAX_GUIDE_BYTES
 
-Text = Annotated[str, Field(min_length=1, max_length=_MAX_GUIDE_CHARS)]
+Text = Annotated[str, Field(min_length=1, max_length=MAX_GUIDE_BYTES)]
 
 
 class JsonSchemaFormat(BaseModel):

@@ -9,10 +9,11 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
+
+from trtserve.plugins.engines.tensorrt_llm.unknown_names import meant
 
 
 class UnknownArguments(ValueError):
@@ -53,13 +54,8 @@ class Library:
         """Raises UnknownArguments naming all that this version does not have; LLM would name the first."""
         unknown = sorted(set(arguments) - self.argument_fields)
         if unknown:
-            told = [f"{name}{_like(name, self.argument_fields)}" for name in unknown]
+            told = [f"{name}{meant(name, self.argument_fields)}" for name in unknown]
             raise UnknownArguments(f"TensorRT-LLM {self.version} has no argument {', '.join(told)}")
-
-
-def _like(name: str, known: Iterable[str]) -> str:
-    nearest = get_close_matches(name, list(known), n=1)
-    return f" (did you mean {nearest[0]}?)" if nearest else ""
 
 
 def load_library() -> Library:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from trtserve.plugins.api import FinishReason, Output, Request, TokenLogprob
-from trtserve.plugins.engines.tensorrt_llm.sampling import NO_TOKEN, end_id
+from trtserve.plugins.engines.tensorrt_llm.sampling import NO_TOKEN, end_id, ending_token_ids
 
 _REASONS = {
     "stop": FinishReason.STOP,
@@ -33,9 +33,7 @@ class ResultReader:
     def __init__(self, request: Request, num_skipped: int = 0) -> None:
         self._request = request
         self._end_id = end_id(request)
-        self._stop_token_ids = frozenset(request.sampling.stop_token_ids) | (
-            frozenset() if request.sampling.ignore_eos else frozenset(request.eos_token_ids)
-        )
+        self._stop_token_ids = frozenset(ending_token_ids(request))
         self._num_skipped = self._num_read = num_skipped
         self._last_token_id: int | None = None  # of those given
         self._is_first = True

@@ -47,7 +47,7 @@ def sampling_keywords(request: Request) -> dict[str, Any]:
         **_choice(sampling),
         **_penalties(sampling),
     }
-    stops = _stop_token_ids(request, end)
+    stops = [token_id for token_id in ending_token_ids(request) if token_id != end]
     if stops:
         keywords["stop_token_ids"] = stops
     if sampling.min_tokens:
@@ -79,6 +79,7 @@ def _penalties(sampling: SamplingParams) -> dict[str, Any]:
     return {name: value for name, off in neutral.items() if (value := getattr(sampling, name)) != off}
 
 
-def _stop_token_ids(request: Request, end: int) -> list[int]:
+def ending_token_ids(request: Request) -> list[int]:
+    """All tokens that end the sequence, each once."""
     others = () if request.sampling.ignore_eos else request.eos_token_ids
-    return [token_id for token_id in dict.fromkeys((*request.sampling.stop_token_ids, *others)) if token_id != end]
+    return list(dict.fromkeys((*request.sampling.stop_token_ids, *others)))

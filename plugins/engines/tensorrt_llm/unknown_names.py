@@ -32,9 +32,13 @@ def _checked(
 
 
 def _problem(prefix: str, name: str, known: frozenset[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    meant = f"; is {prefix}{near[0]} meant?" if near else ""
-    return f"{prefix}{name}: TensorRT-LLM 1.2 has no such argument{meant}"
+    return f"{prefix}{name}: TensorRT-LLM 1.2 has no such argument{meant(name, known, prefix)}"
+
+
+def meant(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """What to add to a text about an unknown name: the nearest known one, if any is near."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; is {prefix}{near[0]} meant?" if near else ""
 
 
 def _speculative(config: Any) -> list[str]:

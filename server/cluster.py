@@ -200,16 +200,15 @@ class ServerCluster:
         """Compare the prefix index with what each ready worker says it has stored; the index takes that over. None for
         a worker that gave no answer in time or publishes no events."""
         clients = [client for client in self.pool if client.state is WorkerState.READY]
-        asked = [routed_id for client in clients if client.send_resync() for routed_id in client.routed_ids]
-        checks = dict(zip(asked, await asyncio.gather(*map(self._check, asked)), strict=True))
-        return {routed_id: checks.get(routed_id) for client in clients for routed_id in client.routed_ids}
-
-    async def _check(self, routed_id: WorkerId) -> IndexCheck | None:
+        checks = {name: self._router.next_check(name) for client in clients for name in client.routed_ids}
+        asked = [checks[name] for client in clients if client.send_resync() for name in client.routed_ids]
         try:
-            async with asyncio.timeout(_CHECK_DEADLINE_S):
-                return await self._router.next_check(routed_id)
-        except TimeoutError:
-            return None
+            if asked:
+                await asyncio.wait(asked, timeout=_CHECK_DEADLINE_S)
+            return {name: check.result() if check.done() else None for name, check in checks.items()}
+        finally:
+            for check in checks.values():
+                check.cancel()
 
     def explain(self, request_id: RequestId) -> list[Booking]:
         """A list that gets every booking of this request from now on, until `explained`."""

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
@@ -201,15 +202,18 @@ class Router:
             if not waiting.done():
                 waiting.set_result(check)
 
-    async def next_check(self, worker_id: WorkerId) -> IndexCheck | None:
-        """How the index differs from the set that the worker sends next. Waits for it, without a deadline."""
+    def next_check(self, worker_id: WorkerId) -> asyncio.Future[IndexCheck | None]:
+        """How the index will differ from the set that the worker sends next. Call it before the worker is asked, whose
+        answer may be read before any other task runs; cancel the future when it is not waited for any more."""
         waiting: asyncio.Future[IndexCheck | None] = asyncio.get_running_loop().create_future()
+        waiting.add_done_callback(partial(self._forget_check, worker_id))
         self._checks.setdefault(worker_id, []).append(waiting)
-        try:
-            return await waiting
-        finally:
-            if not waiting.done() or waiting.cancelled():
-                self._checks[worker_id].remove(waiting)
+        return waiting
+
+    def _forget_check(self, worker_id: WorkerId, waiting: asyncio.Future[IndexCheck | None]) -> None:
+        others = self._checks.get(worker_id, [])
+        if waiting in others:
+            others.remove(waiting)
 
     def learn(self, worker_id: WorkerId, stats: PassStats) -> None:
         """A pass of a ready worker's warm-up."""

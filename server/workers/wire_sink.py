@@ -49,7 +49,7 @@ class Outbox:
         os.eventfd_write(self.descriptor, 1)
 
     def put_at_once(self, make: Callable[[], wire.FromWorker]) -> None:
-        """`put` beyond the limit, for the thread that calls `take`: it would wait for itself."""
+        """`put` beyond the limit: for the thread that calls `take`, which would wait for itself, and for last words."""
         with self._has_room:
             self._messages.append(wire.encode(make()))
         os.eventfd_write(self.descriptor, 1)
@@ -113,9 +113,13 @@ class WireSink:
             return
         logger.error("the engine failed", exc_info=error)
         reason = f"{type(error).__name__}: {error}"
-        self.failed.set()
+        self._outbox.put_at_once(partial(self._last_words, reason))
         self._warm_up.give_up(reason)
-        self._outbox.put(lambda: wire.Failed(reason))
+
+    def _last_words(self, reason: str) -> wire.Failed:
+        # While nobody can take: who sees `failed`, sends what is left and ends the process, sends this as well.
+        self.failed.set()
+        return wire.Failed(reason)
 
     def progress(self, phase: str) -> None:
         logger.info("%s", phase)

@@ -135,6 +135,30 @@ def test_the_order_holds_while_the_engine_races(watch, eager_threads):
     os.close(outbox.descriptor)
 
 
+def test_who_sees_the_failure_finds_the_last_words(outbox, sink):
+    """The socket's thread ends the process as soon as it sees that the engine failed, and may see it at any moment."""
+    found = []
+
+    class Seen(threading.Event):
+        def set(self):
+            super().set()
+            self.reader = threading.Thread(target=lambda: found.extend(taken(outbox)), daemon=True)
+            self.reader.start()
+            self.reader.join(0.2)  # it takes what is there, or waits for what is being put
+
+    sink.failed = Seen()
+    sink.fail(ValueError("one"))
+    sink.failed.reader.join(10)
+    assert found == [wire.Failed("ValueError: one")]
+
+
+def test_last_words_wait_for_no_room(outbox, sink):
+    for text in "abcd":
+        outbox.put(phase(text))
+    sink.fail(ValueError("one"))
+    assert taken(outbox)[-1] == wire.Failed("ValueError: one")
+
+
 def test_the_sink_tells_of_the_first_failure_only(outbox, sink, watch):
     sink.fail(ValueError("one"))
     sink.fail(ValueError("two"))

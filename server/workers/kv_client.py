@@ -142,10 +142,15 @@ class KVClient:
             self._fetches[request.id] = asyncio.get_running_loop().create_future()
 
     async def fetched(self, request_id: RequestId, deadline_s: float) -> KVFetched:
-        """Wait for the end of a fetch. Raises WorkerLost, TimeoutError after deadline_s seconds, and KeyError for a
-        request without a fetch. `commit` or `abort` are still due."""
+        """Wait for the end of a fetch. Raises TimeoutError after deadline_s seconds, and WorkerLost, also where the
+        worker was lost before this call and has no such fetch any more. `commit` or `abort` are still due."""
+        fetch = self._fetches.get(request_id)
+        if fetch is None:
+            raise WorkerLost(
+                f"worker {self._worker_id} fetches nothing for request {request_id}: it was lost meanwhile"
+            )
         async with asyncio.timeout(deadline_s):
-            return await asyncio.shield(self._fetches[request_id])
+            return await asyncio.shield(fetch)
 
     def commit(self, request_id: RequestId, is_valid: bool) -> None:
         """Put what was fetched into the worker's prefix cache, or drop it: is_valid, what `release` of its lease said.

@@ -124,6 +124,15 @@ async def test_everything_that_waits_fails_when_the_worker_goes(house, worker):
     client.kv.drop(1)
 
 
+async def test_a_worker_lost_before_anybody_waits_for_its_fetch_is_lost(house, worker):
+    """A request whose prompt is still being computed begins to wait later."""
+    _, client = worker
+    client.kv.fetch(a_request(2), HANDLE)
+    house.pool.gone(client, "it ended")
+    with pytest.raises(WorkerLost, match="lost meanwhile"):
+        await client.kv.fetched(RequestId(2), 10)
+
+
 async def test_a_release_waits_no_longer_than_it_may(worker):
     peer, client = worker
     assert not await client.kv.release(7, 0.01)
@@ -147,7 +156,7 @@ async def test_a_fetch_s_messages_come_in_order(worker):
     assert (first.prompt, second.prompt) == (request.prompt.tobytes(), b"")
     assert (first.is_final, second.is_final) == (False, True)
     assert commit == kv.KVCommit(request.id, True)
-    with pytest.raises(KeyError):
+    with pytest.raises(WorkerLost):
         await client.kv.fetched(request.id, 1)
 
 

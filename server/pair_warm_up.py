@@ -64,20 +64,26 @@ class PairWarmUp:
         self._changed = changed
         self._limit_s = limit_s
         self._ids = count(_FIRST_REQUEST_ID)
-        self._waiting: asyncio.Queue[WorkerClient] = asyncio.Queue()  # holds each worker a few times at most
+        self._waiting: asyncio.Queue[tuple[WorkerClient, int]] = (
+            asyncio.Queue()
+        )  # holds each worker a few times at most
+        self._begun: dict[WorkerClient, int] = {}  # the number of its last `begin`
 
     def begin(self, client: WorkerClient) -> None:
         """Keep requests from it until its pairs are warm. One whose engine moves no KV takes them at once."""
         if client.moves_kv and client.role is not Role.AGG:
             client.is_warming = True
             self._drains.drain(client, True)
-            self._waiting.put_nowait(client)
+            number = self._begun[client] = self._begun.get(client, 0) + 1
+            self._waiting.put_nowait((client, number))
 
     async def run(self) -> None:
         while True:
-            client = await self._waiting.get()
+            client, number = await self._waiting.get()
             for prefill, decode in self._pairs(client):
                 await self._try(prefill, decode)
+            if number != self._begun[client]:
+                continue  # its process was replaced meanwhile, and the new one's turn comes
             client.is_warming = False
             self._drains.drain(client, False)
             self._changed()

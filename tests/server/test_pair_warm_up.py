@@ -21,17 +21,26 @@ class Client:
         self.worker_id, self.role, self.num_ranks, self.moves_kv = WorkerId(worker_id), role, num_ranks, moves_kv
         self.state, self.is_warming = WorkerState.READY, False
         self.info = EngineInfo(16, 64, 8, 512, 100, 1000, moves_kv=moves_kv, num_ranks=num_ranks)
-        self.ends, self.requests, self.let_go, self.is_stuck = [], [], [], False
+        self.ends, self.requests, self.was_warming, self.let_go, self.is_stuck = [], [], [], [], False
+        self.stuck = asyncio.Event()
+        self._failed = asyncio.get_running_loop().create_future()
 
     async def run(self, request, sink, keep_kv=False):
         self.requests.append(request)
+        self.was_warming.append(self.is_warming)
         if self.is_stuck:
-            await asyncio.Event().wait()
+            self.stuck.set()
+            await self._failed
         end = self.ends.pop(0) if self.ends else Finish(FinishReason.LENGTH, kv_handle=HANDLE if keep_kv else None)
         if isinstance(end, Exception):
             raise end
         sink.push([500], None)
         return end
+
+    def fail(self, error):
+        """End a stuck run; the next one is not stuck."""
+        self.is_stuck = False
+        self._failed.set_exception(error)
 
     def let_go_of_kv(self, request_id):
         self.let_go.append(request_id)
@@ -104,6 +113,20 @@ async def test_a_pair_that_hangs_is_given_up(caplog):
     house = House(prefill, decode, limit_s=0.05)
     await house.warmed(decode)
     assert house.counted == ["pair_failed"] and "longer than 0 s" in caplog.text
+
+
+async def test_a_process_that_replaced_one_being_warmed_has_its_own_turn():
+    prefill, decode = Client("p", Role.PREFILL), Client("d", Role.DECODE)
+    house = House(prefill, decode)
+    house.pairs.begin(decode)
+    decode.is_stuck = True
+    async with house.running(), asyncio.timeout(5):
+        await decode.stuck.wait()
+        house.pairs.begin(decode)  # another process of it is ready
+        decode.fail(WorkerLost("gone"))
+        await house.changed.wait()
+    assert decode.was_warming == [True, True], "it takes no requests before it has tried its pairs"
+    assert not decode.is_warming and not house.drained and house.counted == ["pair_failed"]
 
 
 async def test_engines_that_move_no_kv_take_requests_at_once():

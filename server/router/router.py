@@ -154,7 +154,7 @@ class Router:
             return await placed
         except asyncio.CancelledError:
             # Cancelled in the same moment as placed: the booking has no owner any more.
-            if placed.done() and not placed.cancelled():
+            if placed.done() and not placed.cancelled() and placed.exception() is None:
                 placed.result().close()
             raise
         finally:

@@ -50,3 +50,17 @@ async def test_who_waits_for_a_role_without_workers_is_told_so():
     with pytest.raises(Overloaded, match="no prefill worker is ready"):
         await waiting
     assert (router.num_held, router.held_tokens) == (0, 0)
+
+
+async def test_a_cancellation_stays_one_where_the_role_has_gone_in_the_same_turn():
+    router = make_router()
+    add(router, "a", role=Role.PREFILL, slots=1)
+    with await router.place(a_request(1), Role.PREFILL):
+        waiting = asyncio.create_task(router.place(a_request(2), Role.PREFILL))
+        await turn()
+        router.drain(A, True)
+    router.relabel(A, Role.DECODE)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert (router.num_held, router.held_tokens) == (0, 0)

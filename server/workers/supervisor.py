@@ -21,6 +21,8 @@ from trtserve.server.workers.worker import EXIT_REFUSED
 logger = logging.getLogger(__name__)
 
 _CHECK_INTERVAL_S = 0.5
+_LAST_WORDS_S = 1.0  # a connection outlives its process where another one inherited it
+_LAST_WORDS_POLL_S = 0.005
 _LAST_LINES = 20
 
 
@@ -116,6 +118,7 @@ class Supervisor:
         while True:
             await asyncio.wait({exited}, timeout=_CHECK_INTERVAL_S)
             if exited.done():
+                await _last_words(client)
                 return describe_exit(exited.result())
             now_s = time.monotonic()
             if client.state is WorkerState.STARTING and now_s > start_deadline_s:
@@ -152,6 +155,17 @@ class Supervisor:
         """Ask every worker to end; cancel `run` afterwards."""
         for client in self._pool:
             client.send(wire.Shutdown())
+
+
+async def _last_words(client: WorkerClient) -> None:
+    """Read all that a process said before it ended, which may not be here yet: until its connection is closed."""
+    deadline_s = time.monotonic() + _LAST_WORDS_S
+    while client.state is not WorkerState.GONE and time.monotonic() < deadline_s:
+        # A closed connection takes no message, and whatever sends one sees to it that what has come is read.
+        if not client.send(wire.Shutdown()):
+            await asyncio.sleep(0)
+            return
+        await asyncio.sleep(_LAST_WORDS_POLL_S)
 
 
 async def _shielded(work: object) -> None:

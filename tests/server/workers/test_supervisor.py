@@ -1,7 +1,9 @@
 """Worker processes are started, watched and restarted: real processes, real sockets, throw-away scripts."""
 
 import asyncio
+import os
 import re
+import signal
 
 import pytest
 
@@ -88,6 +90,19 @@ async def test_requests_of_a_crashed_worker_fail_at_once(supervision, running):
         async with asyncio.timeout(5):
             await run
     await supervision.ready()
+
+
+async def test_what_a_worker_said_right_before_its_end_counts(supervision, house, caplog):
+    """Its end may be seen before its last message was read."""
+    supervision.start("""
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+        join(); signal.sigwait({signal.SIGUSR1}); say(wire.Failed('a rank died')); leave(70)
+    """)
+    await supervision.ready()
+    asyncio.get_running_loop().remove_reader(house.link._socket.fileno())  # the loop is not told of messages
+    os.kill(supervision.supervisor.processes[WorkerId("agg-0")].pid, signal.SIGUSR1)
+    await until(lambda: "restarting in" in caplog.text, 15)
+    assert "agg-0: a rank died; restarting in" in caplog.text
 
 
 async def test_a_silent_worker_is_killed_and_replaced(supervision, caplog):

@@ -338,6 +338,12 @@ class WorkerClient:
 
     # -------------------------------------------------------------- health
 
+    def excuse(self, late_s: float, now_s: float) -> None:
+        """The server itself did not run for so long, so that nothing was heard in that time says nothing. now_s:
+        time.monotonic()."""
+        self.last_heard_s = min(self.last_heard_s + late_s, now_s)
+        self.last_step_s = min(self.last_step_s + late_s, now_s)
+
     def trouble(self, now_s: float, silence_limit_s: float, stall_limit_s: float) -> str | None:
         """What is wrong with a ready worker, in words; None if all is well. now_s: time.monotonic()."""
         if self.state is not WorkerState.READY:

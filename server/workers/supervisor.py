@@ -114,6 +114,7 @@ class Supervisor:
         return exited.result(), client.phase
 
     async def _watch(self, client: WorkerClient, exited: asyncio.Future[int]) -> str:
+        looks = _Looks()
         start_deadline_s = time.monotonic() + self._limits.start_s
         while True:
             await asyncio.wait({exited}, timeout=_CHECK_INTERVAL_S)
@@ -121,6 +122,7 @@ class Supervisor:
                 await _last_words(client)
                 return describe_exit(exited.result())
             now_s = time.monotonic()
+            client.excuse(looks.late_s(now_s), now_s)
             if client.state is WorkerState.STARTING and now_s > start_deadline_s:
                 return f"not ready after {self._limits.start_s:.0f} s (last phase: {client.phase})"
             if client.state is WorkerState.GONE:
@@ -133,12 +135,16 @@ class Supervisor:
 
     async def _watch_guests(self, ours: frozenset[WorkerId]) -> None:
         """Workers started by hand have no process here: that they fall silent is all there is to see."""
+        looks = _Looks()
         while True:
             await asyncio.sleep(_CHECK_INTERVAL_S)
+            now_s = time.monotonic()
+            late_s = looks.late_s(now_s)
             for client in self._pool:
                 if client.worker_id in ours:
                     continue
-                trouble = client.trouble(time.monotonic(), self._limits.silence_s, self._limits.stall_s)
+                client.excuse(late_s, now_s)
+                trouble = client.trouble(now_s, self._limits.silence_s, self._limits.stall_s)
                 if trouble is not None:
                     logger.error("%s: %s", client.worker_id, trouble)
                     self._pool.gone(client, trouble)
@@ -155,6 +161,20 @@ class Supervisor:
         """Ask every worker to end; cancel `run` afterwards."""
         for client in self._pool:
             client.send(wire.Shutdown())
+
+
+class _Looks:
+    """How late a look at a worker's health comes. Of a server that was stopped, or got no processor, for longer than a
+    worker may be silent, all workers would seem to be silent: what they said meanwhile has not been read yet."""
+
+    def __init__(self) -> None:
+        self._last_s = time.monotonic()
+
+    def late_s(self, now_s: float) -> float:
+        """Call with each look."""
+        late_s = now_s - self._last_s - _CHECK_INTERVAL_S
+        self._last_s = now_s
+        return max(0.0, late_s)
 
 
 async def _last_words(client: WorkerClient) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import os
 import re
 import signal
+import time
 
 import pytest
 
@@ -90,6 +91,17 @@ async def test_requests_of_a_crashed_worker_fail_at_once(supervision, running):
         async with asyncio.timeout(5):
             await run
     await supervision.ready()
+
+
+async def test_a_worker_is_not_silent_while_the_server_stands_still(supervision, monkeypatch, caplog):
+    """A process that was stopped, or got no processor, has not heard what others said meanwhile."""
+    supervision.start("join(); time.sleep(60)", SupervisorLimits(silence_s=20, stop_s=0.2))
+    await supervision.ready()
+    looks, look, now_s = [], supervision.client.trouble, time.monotonic
+    monkeypatch.setattr(supervision.client, "trouble", lambda *limits: looks.append(None) or look(*limits))
+    monkeypatch.setattr(time, "monotonic", lambda: now_s() + 30)
+    await until(lambda: len(looks) >= 2)
+    assert supervision.client.state == "ready" and "no heartbeat" not in caplog.text
 
 
 async def test_what_a_worker_said_right_before_its_end_counts(supervision, house, caplog):

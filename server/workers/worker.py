@@ -31,6 +31,10 @@ EXIT_SERVER_GONE = 4
 EXIT_ENGINE_FAILED = 70
 
 _HEARTBEAT_S = 1.0
+_SERVER_SILENCE_MS = 30_000
+"""A server that is silent for longer is gone. One that dies is noticed at once, by its parent-watch or the end of the
+connection: this is for machines and networks that vanish. A server may be stopped or starved for some seconds, and
+loading a model anew takes longer than waiting for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ class Worker:
         socket.setsockopt(zmq.SNDHWM, OUTBOX_LIMIT)
         socket.setsockopt(zmq.MAXMSGSIZE, wire.MAX_MESSAGE_BYTES)
         socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 10_000)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _SERVER_SILENCE_MS)
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         socket.connect(self._identity.endpoint)
         socket.send(wire.encode(hello))

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 _FIRST_WARM_UP_ID = 3 << 61  # beyond the server's ids and those of the worker's own warm-up
 _WARM_UP_TOKENS = 16
-_STATS_S = 5.0
+_STATS_S = 30.0  # what is assumed without them may be far too much, and a machine that starts workers is busy
 _MOST_UNHEARD = 16
 _HEALTH_S = 2.0
 

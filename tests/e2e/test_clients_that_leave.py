@@ -79,7 +79,7 @@ def test_while_queued(narrow, streams, freed):
 def test_in_prefill(narrow, streams, freed):
     with send(narrow, {"prompt": [7] * 3900, "max_tokens": 1, "stream": streams}):
         narrow.until_metric("trtllm_num_requests_running", lambda value: value == 1)
-    narrow.until_metric("trtllm_num_requests_running", lambda value: value == 0, timeout_s=3.0)
+    narrow.until_metric("trtllm_num_requests_running", lambda value: value == 0, timeout_s=6.0)
     freed("prefill")
 
 
@@ -88,7 +88,7 @@ def test_in_decode(narrow, streams, freed):
     before = narrow.metric("trtserve_worker_generation_tokens_total")
     with send(narrow, LONG | {"stream": streams}):
         narrow.until_metric("trtserve_worker_generation_tokens_total", lambda value: value > before + 5)
-    narrow.until_metric("trtllm_num_requests_running", lambda value: value == 0, timeout_s=3.0)
+    narrow.until_metric("trtllm_num_requests_running", lambda value: value == 0, timeout_s=6.0)
     freed("decode")
 
 

@@ -102,7 +102,7 @@ def test_addresses_of_both_families():
 
 
 async def test_a_connection_that_stays_idle_is_closed():
-    async with serving(hello, keep_alive_timeout=0.1) as port:
+    async with serving(hello, keep_alive_timeout=0.5) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
         await head_and_body(reader)
@@ -121,7 +121,7 @@ async def test_a_connection_that_is_busy_for_longer_than_idle_ones_may_last_is_n
         await go_on.wait()
         await hello(scope, receive, send)
 
-    async with serving(slow, keep_alive_timeout=0.05) as port:
+    async with serving(slow, keep_alive_timeout=0.5) as port:
         idle_reader, idle_writer = await asyncio.open_connection("127.0.0.1", port)
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")

@@ -30,7 +30,7 @@ def test_the_banner_names_what_is_served_and_its_command_works(server: ServerPro
 
 
 def test_live_before_ready_and_the_phase_meanwhile(serve: Serve, unused_port: int):
-    server = serve("--port", str(unused_port), options=("start_s=1.0",))
+    server = serve("--port", str(unused_port), options=("start_s=2.5",))
     client = server.client
     client.base_url = httpx.URL(f"http://127.0.0.1:{unused_port}")
 

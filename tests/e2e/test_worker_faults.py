@@ -86,7 +86,7 @@ def test_pauses_before_restarts_grow(victim):
 def test_one_of_two_workers_dies(serve):
     server = serve("--workers", "2", "--router", "round_robin").until_ready()
     server.until_metric("trtserve_worker_up", lambda value: value == 2)
-    threads = [ask_in_thread(server, {"prompt": "a", "max_tokens": 100, "seed": seed}) for seed in range(2)]
+    threads = [ask_in_thread(server, {"prompt": "a", "max_tokens": 400, "seed": seed}) for seed in range(2)]
     server.until_metric("trtllm_num_requests_running", lambda value: value == 2)
     os.kill(server.worker_pids()[0], signal.SIGKILL)
     for thread, _ in threads:

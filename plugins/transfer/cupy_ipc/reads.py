@@ -78,10 +78,10 @@ class Reads:
         """What has ended since the last call."""
         now_s = self._clock()
         for read in list(self._active.values()):
-            if now_s > read.until_s:
-                read.end_as(TransferOutcome.TIMED_OUT, "the GPU did not end the copies in time")
             if self._is_over(read):
-                self._end(read, now_s)
+                self._end(read, now_s)  # in time or not: a process that was late itself may only see it now
+            elif now_s > read.until_s:
+                read.end_as(TransferOutcome.TIMED_OUT, "the GPU did not end the copies in time")
         ended, self._completions = self._completions, []
         return ended
 

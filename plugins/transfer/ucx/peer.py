@@ -61,7 +61,8 @@ class UcxPeer:
             return []
         for read in self.reads:
             self._reap(read)
-            if now_s >= read.deadline_s:
+            # One that is over is so in time or not: a process that was late itself may only see it now.
+            if now_s >= read.deadline_s and not read.has_ended:
                 self._expire(read, now_s)
         for read in self.reads:
             if self._free_gets <= 0 or self._free_bytes <= 0 or self.lost is not None:

@@ -111,6 +111,15 @@ def test_long_runs_go_to_the_copy_engine(tmp_path):
         transfer.close()
 
 
+def test_a_read_that_is_over_when_it_is_looked_at_late_is_done(reader, peer):
+    """This process may have had no processor for longer than the deadline."""
+    reader.device.events_come = False
+    late = reader.transfer.read_blocks(peer, plan([1], [1]), 0.0)
+    reader.device.events_come = True
+    (completion,) = reader.transfer.poll()
+    assert (completion.transfer_id, completion.outcome) == (late, TransferOutcome.DONE)
+
+
 def test_a_read_ends_only_when_the_gpu_has_ended_it(reader, peer):
     reader.device.events_come = False
     cancelled = reader.transfer.read_blocks(peer, plan([1], [1]), 10.0)

@@ -5,7 +5,7 @@ import mmap
 import os
 import sys
 from ctypes.util import find_library
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -13,10 +13,13 @@ from hypothesis import strategies as st
 
 from trtserve.plugins.api import WorkerId
 from trtserve.plugins.transfer import ucx
+from trtserve.plugins.transfer.runs import Run
 from trtserve.plugins.transfer.ucx import environment, structs
 from trtserve.plugins.transfer.ucx.libucp import request_status
 from trtserve.plugins.transfer.ucx.payload import decode_payload, encode_payload
-from trtserve.plugins.transfer_api import TransferConfig, TransferError
+from trtserve.plugins.transfer.ucx.peer import UcxPeer
+from trtserve.plugins.transfer.ucx.read import Gets, Read
+from trtserve.plugins.transfer_api import TransferConfig, TransferError, TransferId, TransferOutcome
 
 BLOBS = st.binary(min_size=1, max_size=64)
 
@@ -133,3 +136,37 @@ def test_a_damaged_payload_never_reaches_ucx(address, rkeys, place, flip):
 def test_a_payload_with_too_few_keys_is_refused():
     with pytest.raises(TransferError, match="1 keys for 2 regions"):
         decode_payload(encode_payload("1.22.0", b"address", [b"key"]), 2)
+
+
+class PlayedUcx:
+    """Gets go on until they are told to be over."""
+
+    def __init__(self):
+        self.are_over = False
+
+    def ucp_get_nbx(self, *arguments):
+        return 1
+
+    def ucp_request_check_status(self, request):
+        return structs.OK if self.are_over else structs.IN_PROGRESS
+
+    def ucp_request_free(self, request):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("are_over", "outcome"), [(True, TransferOutcome.DONE), (False, TransferOutcome.TIMED_OUT)], ids=["over", "not"]
+)
+def test_a_deadline_is_for_reads_that_are_not_over(are_over, outcome):
+    """Whoever looks after it may have had no processor for so long."""
+    library = PlayedUcx()
+    endpoint = SimpleNamespace(handle=1, close=lambda: None, is_closed=lambda: True)
+    peer = UcxPeer(None, 1, endpoint, {})
+    read = Read(library, TransferId(1), iter([Gets([Run(0, 0, 64)], 0, None)]), 0.0, 2.0)
+    peer.add(read)
+    assert peer.advance(1.0) == []
+    library.are_over = are_over
+    assert peer.advance(9.0) == ([read] if are_over else [])
+    library.are_over = True
+    peer.advance(9.0)
+    assert read.completion(9.0).outcome is outcome

@@ -24,7 +24,7 @@ _POLL_S = 0.03
 _Value = TypeVar("_Value")
 
 
-def eventually(question: Callable[[], _Value], what: str, timeout_s: float = 10.0) -> _Value:
+def eventually(question: Callable[[], _Value], what: str, timeout_s: float = 20.0) -> _Value:
     """The first true answer to `question`; fails after the deadline."""
     deadline_s = time.monotonic() + timeout_s
     while not (answer := question()):
@@ -94,7 +94,7 @@ class TrtserveProcess:
     def signal(self, number: int) -> None:
         self._process.send_signal(number)
 
-    def wait(self, timeout_s: float = 15.0) -> int:
+    def wait(self, timeout_s: float = 25.0) -> int:
         """The exit code; the output is complete then."""
         try:
             code = self._process.wait(timeout_s)
@@ -103,7 +103,7 @@ class TrtserveProcess:
         self._reader.join(timeout_s)
         return code
 
-    def until_output(self, text: str, timeout_s: float = 20.0) -> str:
+    def until_output(self, text: str, timeout_s: float = 30.0) -> str:
         """The output, once `text` is in it."""
         eventually(lambda: text in self.output or not self.is_running, f"{text!r} in {self.output}", timeout_s)
         assert text in self.output, self.output
@@ -134,7 +134,7 @@ class ServerProcess(TrtserveProcess):
 
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
         super().__init__("serve", "--port", "0", *arguments, environment=environment)
-        self.client = httpx.Client(timeout=20.0, trust_env=False)
+        self.client = httpx.Client(timeout=30.0, trust_env=False)
 
     def __exit__(self, *exception: object) -> None:
         self.client.close()
@@ -177,7 +177,7 @@ class ServerProcess(TrtserveProcess):
         """The sum of a metric over its labels; 0 where it has no sample yet."""
         return summed(self.metrics(), name)
 
-    def until_metric(self, name: str, is_right: Callable[[float], bool], timeout_s: float = 10.0) -> float:
+    def until_metric(self, name: str, is_right: Callable[[float], bool], timeout_s: float = 20.0) -> float:
         """Wait until a metric has a value; returns it."""
         eventually(lambda: is_right(self.metric(name)), name, timeout_s)
         return self.metric(name)

@@ -30,7 +30,7 @@ HELLO = wire.Hello(
 )
 
 
-async def until(condition, deadline_s=5.0):
+async def until(condition, deadline_s=15.0):
     """Give the loop turns until something is true."""
     end_s = time.monotonic() + deadline_s
     while not condition():

@@ -37,11 +37,11 @@ async def test_a_worker_that_says_why_is_quoted(supervision):
 async def test_a_worker_that_takes_too_long_is_ended(supervision):
     supervision.start(
         'say(HELLO); hear(); say(wire.Progress("loading weights")); time.sleep(60)',
-        SupervisorLimits(start_s=1.5, stop_s=0.3),
+        SupervisorLimits(start_s=3, stop_s=0.3),
     )
     await until(lambda: supervision.supervisor.processes)
     pid = supervision.supervisor.processes[WorkerId("agg-0")].pid
-    assert "not ready after 2 s (last phase: loading weights)" in str(await supervision.failure())
+    assert "not ready after 3 s (last phase: loading weights)" in str(await supervision.failure())
     assert not is_alive(pid)
 
 
@@ -121,7 +121,7 @@ async def test_a_silent_worker_is_killed_and_replaced(supervision, caplog):
     supervision.start("join(); time.sleep(60)", SupervisorLimits(silence_s=0.7, stop_s=0.2, first_pause_s=0.02))
     await supervision.ready()
     pid = supervision.supervisor.processes[WorkerId("agg-0")].pid
-    await until(lambda: "no heartbeat for 1 s; restarting" in caplog.text, 10)
+    await until(lambda: re.search(r"no heartbeat for \d+ s; restarting", caplog.text))
     assert not is_alive(pid)
     await supervision.ready()
     assert supervision.supervisor.processes[WorkerId("agg-0")].pid != pid
@@ -147,13 +147,13 @@ async def test_a_worker_that_failed_and_does_not_end_is_killed(supervision, capl
 async def test_a_guest_that_falls_silent_is_given_up(supervision, house, running):
     """A worker started by hand has no process here."""
     supervision.start(
-        "join()\nwhile True: say(wire.Heartbeat(0, WorkerLoad())); time.sleep(0.1)", SupervisorLimits(silence_s=0.8)
+        "join()\nwhile True: say(wire.Heartbeat(0, WorkerLoad())); time.sleep(0.1)", SupervisorLimits(silence_s=2.0)
     )
     await supervision.ready()
     peer, guest = await house.worker(worker_id="guest")
     run = running(guest, a_request())
     await peer.hears()
-    with pytest.raises(WorkerLost, match="no heartbeat for 1 s"):
+    with pytest.raises(WorkerLost, match=r"no heartbeat for [2-9] s"):
         async with asyncio.timeout(10):
             await run
     assert await peer.hears() == wire.Shutdown()

@@ -70,6 +70,7 @@ class Reads:
             self._queue(read, plan, own)
         self._active[read.transfer_id] = read
         peer.num_reads += 1
+        self._look_at_deadline(read)  # passed already: the GPU has had no time for it
         if read.event is not None and num_bytes <= _SPIN_BYTES:
             self._spin(read)
         return read.transfer_id
@@ -80,8 +81,8 @@ class Reads:
         for read in list(self._active.values()):
             if self._is_over(read):
                 self._end(read, now_s)  # in time or not: a process that was late itself may only see it now
-            elif now_s > read.until_s:
-                read.end_as(TransferOutcome.TIMED_OUT, "the GPU did not end the copies in time")
+            else:
+                self._look_at_deadline(read)
         ended, self._completions = self._completions, []
         return ended
 
@@ -103,6 +104,10 @@ class Reads:
                 read.end_as(TransferOutcome.PEER_LOST, "the peer was dropped")
         if not peer.num_reads:
             peer.close(self._device)
+
+    def _look_at_deadline(self, read: Read) -> None:
+        if self._clock() > read.until_s:
+            read.end_as(TransferOutcome.TIMED_OUT, "the GPU did not end the copies in time")
 
     def _queue(self, read: Read, plan: ReadPlan, own: dict[str, Region]) -> None:
         try:

@@ -111,13 +111,23 @@ def test_long_runs_go_to_the_copy_engine(tmp_path):
         transfer.close()
 
 
-def test_a_read_that_is_over_when_it_is_looked_at_late_is_done(reader, peer):
+def test_a_read_that_is_over_when_it_is_looked_at_late_is_done(reader, peer, monkeypatch):
     """This process may have had no processor for longer than the deadline."""
+    now_s = [1.0]
+    monkeypatch.setattr(reader.transfer._open.reads, "_clock", lambda: now_s[0])
+    monkeypatch.setattr("trtserve.plugins.transfer.cupy_ipc.reads._SPIN_S", 0)
     reader.device.events_come = False
-    late = reader.transfer.read_blocks(peer, plan([1], [1]), 0.0)
+    late = reader.transfer.read_blocks(peer, plan([1], [1]), 2.0)
     reader.device.events_come = True
+    now_s[0] = 9.0
     (completion,) = reader.transfer.poll()
     assert (completion.transfer_id, completion.outcome) == (late, TransferOutcome.DONE)
+
+
+def test_a_deadline_that_had_passed_at_the_beginning(reader, peer):
+    late = reader.transfer.read_blocks(peer, plan([1], [1]), -1.0)
+    (completion,) = reader.transfer.poll()
+    assert (completion.transfer_id, completion.outcome) == (late, TransferOutcome.TIMED_OUT)
 
 
 def test_a_read_ends_only_when_the_gpu_has_ended_it(reader, peer):

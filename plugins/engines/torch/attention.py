@@ -1,8 +1,8 @@
 """Attention over KV blocks, in the form that transformers' models call.
 
 A model calls `paged_attention` once a layer with the packed tokens of a whole step; the step's metadata arrives as
-the forward argument `paged`. Rows with one new token (decodes) are gathered in groups and done as batched matrix
-products; longer ones (prefill chunks) go through scaled dot-product attention one by one.
+the forward argument `paged`. Rows with one new token (decodes) go in groups through `decode_attention`; longer ones
+(prefill chunks) go through scaled dot-product attention one by one.
 """
 
 from __future__ import annotations
@@ -15,21 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trtserve.plugins.engines.torch.attention_terms import AttentionTerms, softmax
+from trtserve.plugins.engines.torch.decode_attention import DecodeGroup
 from trtserve.plugins.engines.torch.kv_store import KVStore
 
 ATTENTION_NAME = "trtserve_paged"
 
 _KEYS_ALIGNMENT = 8  # with AMX 511 keys take 1.4 times as long as 512
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionTerms:
-    """What a layer asks for beyond q, k and v. `sinks`: a logit for each query head, or None."""
-
-    scaling: float
-    window: int | None  # keys that a query sees, itself included; None: all
-    softcap: float | None
-    sinks: Tensor | None
 
 
 class PagedStep(Protocol):
@@ -63,16 +55,6 @@ def paged_attention(
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeGroup:
-    """Consecutive packed rows with one new token each, padded to the same number of blocks."""
-
-    start: int  # first packed row
-    lengths: Tensor  # int64[rows]: tokens that each row sees, its own included
-    block_table: Tensor  # int64[rows * blocks_per_row]; past a row's end any valid block
-    num_blocks: int  # for each row
-
-
-@dataclass(frozen=True, slots=True)
 class PrefillChunk:
     """Consecutive packed tokens of one sequence, after `num_before` tokens that are in the cache."""
 
@@ -97,50 +79,9 @@ class PagedAttention:
         keys, values = self.store.keys[layer], self.store.values[layer]
         keys.index_copy_(1, self.slots, key)
         values.index_copy_(1, self.slots, value)
-        outputs = [self._decode(group, query, keys, values, terms) for group in self.decodes]
+        outputs = [group.attend(self.store, layer, query, terms, self.scratch) for group in self.decodes]
         outputs += [self._prefill(chunk, query, key, value, keys, values, terms) for chunk in self.prefills]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _decode(self, group: DecodeGroup, query: Tensor, keys: Tensor, values: Tensor, terms: AttentionTerms) -> Tensor:
-        rows, kv_heads, key_dim = len(group.lengths), keys.shape[0], keys.shape[2]
-        heads_per_kv = query.shape[0] // kv_heads
-        asked = query[:, group.start : group.start + rows].reshape(kv_heads, heads_per_kv, rows, key_dim)
-        asked = asked.transpose(1, 2).reshape(kv_heads * rows, heads_per_kv, key_dim)
-        seen_keys = self._gather("keys", keys, group)
-        seen_values = self._gather("values", values, group)
-        scores = torch.bmm(asked * terms.scaling, seen_keys.transpose(1, 2))
-        mask = self._decode_mask(group, kv_heads, terms.window, scores.dtype)
-        sinks = None
-        if terms.sinks is not None:
-            sinks = terms.sinks.view(kv_heads, 1, heads_per_kv, 1).expand(-1, rows, -1, -1).reshape(-1, heads_per_kv, 1)
-        weights = _softmax(scores, mask, terms.softcap, sinks)
-        mixed = torch.bmm(weights, seen_values).view(kv_heads, rows, heads_per_kv, -1)
-        return mixed.transpose(0, 1).reshape(rows, query.shape[0], -1)
-
-    def _gather(self, name: str, stored: Tensor, group: DecodeGroup) -> Tensor:
-        """[kv_heads * rows, blocks_per_row * block_size, dim] of a group, in a buffer that the next call reuses."""
-        kv_heads, _, dim = stored.shape
-        shape = (kv_heads, len(group.block_table), self.store.block_size * dim)
-        needed = math.prod(shape)
-        buffer = self.scratch.get(name)
-        if buffer is None or buffer.numel() < needed:
-            buffer = self.scratch[name] = torch.empty(needed, dtype=stored.dtype, device=stored.device)
-        gathered = buffer[:needed].view(shape)
-        by_block = stored.view(kv_heads, self.store.num_blocks, -1)
-        torch.index_select(by_block, 1, group.block_table, out=gathered)
-        return gathered.view(kv_heads * len(group.lengths), -1, dim)
-
-    def _decode_mask(self, group: DecodeGroup, kv_heads: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """[kv_heads * rows, 1, keys]: 0 where a row may look, -inf elsewhere; made once a step."""
-        name = ("decode", group.start, kv_heads, window, dtype)
-        if name not in self.masks:
-            index = torch.arange(group.num_blocks * self.store.block_size, device=self.store.device)[None]
-            hidden = index >= group.lengths[:, None]
-            if window is not None:
-                hidden |= index < group.lengths[:, None] - window
-            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.store.device).masked_fill_(hidden, -math.inf)
-            self.masks[name] = mask.repeat(kv_heads, 1)[:, None]
-        return self.masks[name]
 
     def _prefill(
         self,
@@ -181,7 +122,7 @@ class PagedAttention:
         scores = torch.matmul(asked, key[:, None].transpose(2, 3))
         mask = self._prefill_mask(chunk, key.shape[1], terms.window, scores.dtype)
         sinks = None if terms.sinks is None else terms.sinks.view(kv_heads, -1, 1, 1).expand(-1, -1, chunk.count, 1)
-        weights = _softmax(scores, mask, terms.softcap, sinks)
+        weights = softmax(scores, mask, terms.softcap, sinks)
         return torch.matmul(weights, value[:, None]).reshape(heads, chunk.count, -1).transpose(0, 1)
 
     def _read(self, stored: Tensor, chunk: PrefillChunk) -> Tensor:
@@ -209,15 +150,3 @@ class PagedAttention:
                 visible = torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, -math.inf)
             self.masks[name] = visible
         return self.masks[name]
-
-
-def _softmax(scores: Tensor, mask: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:
-    """Attention weights of scores [..., queries, keys] in their dtype. Consumes `scores`."""
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.add_(mask)
-    if sinks is None:
-        return torch.softmax(scores, -1)
-    # the sink takes part in the denominator and then carries no value
-    with_sink = torch.cat([scores, sinks.to(scores.dtype)], -1)
-    return torch.softmax(with_sink, -1, dtype=torch.float32)[..., :-1].to(scores.dtype)

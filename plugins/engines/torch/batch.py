@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trtserve.plugins.engines.torch.attention import DecodeGroup, PagedAttention, PrefillChunk
+from trtserve.plugins.engines.torch.attention import PagedAttention, PrefillChunk
+from trtserve.plugins.engines.torch.decode_attention import DecodeGroup
 from trtserve.plugins.engines.torch.kv_store import KVStore
 from trtserve.plugins.engines.torch.sequence import Sequence
 
@@ -110,7 +111,14 @@ def _decode_group(rows: list[Scheduled], start: int, width: int, store: KVStore)
         table += own
         table += own[:1] * (width - len(own))  # hidden by the mask; its first block is certainly valid memory
     lengths = [row.sequence.num_computed + 1 for row in rows]
-    return DecodeGroup(start, _to_device(lengths, store.device), _to_device(table, store.device), width)
+    is_run = len(rows) == 1 and table == list(range(table[0], table[0] + width))
+    return DecodeGroup(
+        start,
+        _to_device(lengths, store.device),
+        _to_device(table, store.device),
+        width,
+        first_block=table[0] if is_run else None,
+    )
 
 
 def _blocks_for(num_tokens: int, block_size: int) -> int:

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trtserve.plugins.engines.torch.attention import AttentionTerms, PagedStep
+from trtserve.plugins.engines.torch.attention import PagedStep
+from trtserve.plugins.engines.torch.attention_terms import AttentionTerms
 from trtserve.plugins.engines.torch.load_checks import AttentionProbe
 from trtserve.plugins.engines.torch.packed_linear import Linear
 
@@ -21,6 +22,7 @@ _SWAPPABLE = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2Decode
 _TRIAL_TOKENS = 6
 _TRIAL_STRIDE = 17  # between the trial's positions, so that rotary embeddings matter
 _TRIAL_SCALE = 0.02  # small beside what a layer adds, so that the residual does not hide a difference
+_FEW_ROWS = 16  # up to so many it is the number of operations that counts
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.01}  # relative error of a layer's output
 
 
@@ -74,15 +76,18 @@ class SwappedLayer(nn.Module):
         self._kv_heads = attention.k_proj.out_features // self._head_dim
         self._terms = AttentionTerms(attention.scaling, _window(attention), None, None)
         self._rotary = rotary
-        self._input_norm, self._mlp_norm = RMSNorm(layer.input_layernorm), RMSNorm(layer.post_attention_layernorm)
+        # methods instead of modules: looking a module up and calling it costs as much as a small operation
+        self._input_norm = RMSNorm(layer.input_layernorm).forward
+        self._mlp_norm = RMSNorm(layer.post_attention_layernorm).forward
         has_head_norms = hasattr(attention, "q_norm")
         self._query_norm = RMSNorm(attention.q_norm) if has_head_norms else None
         self._key_norm = RMSNorm(attention.k_norm) if has_head_norms else None
-        self._qkv = _fused([attention.q_proj, attention.k_proj, attention.v_proj], packed)
-        self._output = _fused([attention.o_proj], packed)
-        # apart, so that oneDNN takes the activation and the product of both along
-        self._gate, self._up = _fused([mlp.gate_proj], packed), _fused([mlp.up_proj], packed)
-        self._down = _fused([mlp.down_proj], packed)
+        self._project = _fused([attention.q_proj, attention.k_proj, attention.v_proj], packed).forward
+        self._add_output = _fused([attention.o_proj], packed).plus
+        # gate and up apart, so that oneDNN takes the activation and the product of both along
+        self._gate = _fused([mlp.gate_proj], packed).silu
+        self._multiply_up = _fused([mlp.up_proj], packed).times
+        self._add_down = _fused([mlp.down_proj], packed).plus
 
     def forward(
         self,
@@ -94,13 +99,13 @@ class SwappedLayer(nn.Module):
     ) -> Tensor:
         """hidden_states: [1, tokens, hidden] -> the same shape."""
         x = hidden_states[0]
-        x = self._output.plus(self._attend(self._input_norm(x), position_embeddings, paged), x)
+        x = self._add_output(self._attend(self._input_norm(x), position_embeddings, paged), x)
         y = self._mlp_norm(x)
-        return self._down.plus(self._up.times(y, self._gate.silu(y)), x)[None]
+        return self._add_down(self._multiply_up(y, self._gate(y)), x)[None]
 
     def _attend(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], paged: PagedStep) -> Tensor:
         tokens, heads, both = x.shape[0], self._heads, self._heads + self._kv_heads
-        projected = self._qkv(x).view(tokens, both + self._kv_heads, self._head_dim)
+        projected = self._project(x).view(tokens, both + self._kv_heads, self._head_dim)
         turned = projected[:, :both]
         if self._query_norm is not None and self._key_norm is not None:
             turned = torch.cat([self._query_norm(turned[:, :heads]), self._key_norm(turned[:, heads:])], 1)
@@ -114,9 +119,7 @@ class SwappedLayer(nn.Module):
         if not self._rotary or not self._rotary[0].is_of(cos):
             self._rotary[:] = [RotaryTables(cos, sin)]
         tables = self._rotary[0]
-        half = self._head_dim // 2
-        swapped = torch.cat([x[..., half:], x[..., :half]], -1)
-        return torch.addcmul(x * tables.cos, swapped, tables.signed_sin)
+        return torch.addcmul(x * tables.cos, x.roll(self._head_dim // 2, -1), tables.signed_sin)
 
 
 class RMSNorm(nn.Module):
@@ -130,14 +133,24 @@ class RMSNorm(nn.Module):
         # torch's own is one kernel on CUDA, and on the CPU many, of which these few do the same
         is_half = self._weight.dtype in (torch.bfloat16, torch.float16) and self._weight.device.type == "cpu"
         self._single = self._weight.float() if is_half else None
+        self._both_shape = (2 * self._shape[0],)
+        self._both_weights = torch.cat([self._weight, self._weight])
 
     def forward(self, x: Tensor) -> Tensor:
+        """x: [tokens, ..., dimension] -> the same shape."""
         if self._single is None:
             return F.rms_norm(x, self._shape, self._weight, self._epsilon)
+        if x.dim() == 2 and x.shape[0] <= _FEW_ROWS:
+            return self._of_few(x)
         numbers = x.float()
         length = torch.linalg.vector_norm(numbers, dim=-1, keepdim=True)
         scale = length.square_().div_(self._shape[0]).add_(self._epsilon).rsqrt_()
         return numbers.mul_(scale).mul_(self._single).to(x.dtype)
+
+    def _of_few(self, x: Tensor) -> Tensor:
+        # x beside -x has a mean of zero and the variance mean(x²): so torch's one kernel for the other norm will do
+        both = torch.layer_norm(torch.cat((x, -x), 1), self._both_shape, self._both_weights, None, self._epsilon)
+        return both[:, : self._shape[0]]
 
 
 def _fused(linears: list[Any], packed: bool) -> Linear:

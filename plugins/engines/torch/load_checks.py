@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trtserve.plugins.engines.torch.attention import AttentionTerms
+from trtserve.plugins.engines.torch.attention_terms import AttentionTerms
 from trtserve.plugins.engines.torch.kv_store import LayerShape
 
 _KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})

@@ -82,7 +82,7 @@ def _all_forms(linear: Linear, x: Tensor, other: Tensor) -> Tensor:
 
 
 def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "")
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, activation, [], "")
     return product
 
 

@@ -47,7 +47,7 @@ def dense(query, key, value, scaling, window, softcap, sinks):
     return (torch.softmax(scores, -1)[..., :total] @ value).transpose(0, 1)
 
 
-def run(works, kv_heads, per_kv, key_dim, value_dim, dtype=torch.float64, **terms):
+def run(works, kv_heads, per_kv, key_dim, value_dim, dtype=torch.float64, scratch=None, consecutive=False, **terms):
     """Attend the last tokens of each (total, done) sequence; returns (got, wanted), packed alike."""
     generator = torch.Generator().manual_seed(sum(total for total, _ in works))
 
@@ -56,7 +56,7 @@ def run(works, kv_heads, per_kv, key_dim, value_dim, dtype=torch.float64, **term
 
     heads = kv_heads * per_kv
     store = KVStore([LayerShape(kv_heads, key_dim, value_dim)], 200, SIZE, dtype, CPU)
-    free = torch.randperm(200, generator=generator).tolist()
+    free = list(range(200))[::-1] if consecutive else torch.randperm(200, generator=generator).tolist()
     work, queries, keys, values, wanted = [], {}, {}, {}, {}
     for total, done in works:
         blocks = [free.pop() for _ in range(-(-total // SIZE))]
@@ -74,7 +74,7 @@ def run(works, kv_heads, per_kv, key_dim, value_dim, dtype=torch.float64, **term
         queries[sequence], keys[sequence], values[sequence] = query[:, done:], key[:, done:], value[:, done:]
         wanted[sequence] = result[done:]
         work.append(Scheduled(sequence, total - done))
-    batch = pack(work, store, {})
+    batch = pack(work, store, {} if scratch is None else scratch)
     order = batch.sampled
     q, k, v = (torch.cat([part[sequence] for sequence in order], 1)[None].to(dtype) for part in (queries, keys, values))
     got, weights = paged_attention(LAYER, q, k, v, None, paged=batch.paged, dropout=0.0, **terms)
@@ -126,6 +126,22 @@ def test_bfloat16_is_close(name):
 def test_any_batch_and_window(works, kv_heads, per_kv, window):
     got, wanted = run(works, kv_heads, per_kv, 4, 4, sliding_window=window)
     assert torch.allclose(got, wanted, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_one_row_with_consecutive_blocks_is_read_in_place(name):
+    copied, scratch = {}, {}
+    for totals, made in (((150,), scratch), ((150, 140), copied)):
+        got, wanted = run([(n, n - 1) for n in totals], 2, 2, 8, 6, scratch=made, consecutive=True, **TERMS[name])
+        assert torch.allclose(got, wanted, atol=1e-6, rtol=1e-5)
+    assert copied and not scratch
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_any_number_of_decoding_rows(rows, dtype):
+    got, wanted = run([(30 + 7 * number, 29 + 7 * number) for number in range(rows)], 3, 3, 8, 8, dtype=dtype)
+    assert torch.allclose(got, wanted, atol=1e-5)
 
 
 def test_rows_of_very_different_length_are_gathered_apart():

@@ -95,10 +95,12 @@ def test_packed_linear_computes_the_same(rows, with_bias):
         assert close(packed.plus(x, other), product + other)
 
 
+@pytest.mark.parametrize("shape", [(7, 48), (40, 48), (7, 3, 48)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_swapped_layers_norm_rounds_once(dtype):
+def test_a_swapped_layers_norm_rounds_once(dtype, shape):
     norm = SimpleNamespace(weight=torch.randn(48).to(dtype), variance_epsilon=1e-5)
-    x = 3 * torch.randn(7, 48).to(dtype)
+    x = 3 * torch.randn(shape).to(dtype)
+    x[0] *= 1e-3  # so small that epsilon counts
     before = x.clone()
     got, exact = RMSNorm(norm)(x), nn.functional.rms_norm(x.double(), (48,), norm.weight.double(), 1e-5)
     assert torch.equal(x, before)

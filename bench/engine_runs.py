@@ -83,6 +83,7 @@ class Subject:
             "max_num_tokens": PASS_TOKENS,
             **config,
         }
+        self.model = model
         self.kv_bytes_per_token = model.dtype.itemsize * sum(layer.width for layer in model.layers)
         self.engine = TorchEngine(EngineConfig("in memory", **wanted), load=lambda *_: model)
         self.engine.start(lambda phase: None)
@@ -126,7 +127,7 @@ def interleaved(repeats: int, *runs: Callable[[int], Timing]) -> list[Timing]:
 
 
 def read_seconds(num_bytes: int) -> float:
-    """The time to read as many bytes as the weights have, at the speed of a sum."""
+    """The time to read so many bytes, at the speed of a sum."""
     numbers = torch.ones(num_bytes // 4)
     times = []
     for _ in range(5):

@@ -108,14 +108,19 @@ async def test_each_request_has_its_time():
         assert isinstance(await task, RequestTimedOut)
 
 
-async def test_the_time_of_one_is_not_the_time_of_the_next():
-    live = LiveRequests(timeout_s=0.2)
+async def test_the_time_of_one_is_not_the_time_of_the_next(monkeypatch):
+    loop = asyncio.get_running_loop()
+    now_s, ahead_s = loop.time, [0.0]
+    monkeypatch.setattr(loop, "time", lambda: now_s() + ahead_s[0])
+    live = LiveRequests(timeout_s=100)
     async with answering(live, "a") as (first,):
-        await asyncio.sleep(0.1)
+        ahead_s[0] = 50
         async with answering(live, "b") as (second,):
-            await first
+            ahead_s[0] = 101
+            assert isinstance(await first, RequestTimedOut)
             assert not second.done()
-            await second
+            ahead_s[0] = 151
+            assert isinstance(await second, RequestTimedOut)
 
 
 async def test_sequences_are_numbered_from_one():

@@ -119,8 +119,9 @@ async def test_a_worker_that_joins_late_gets_its_share(serve: Serve, sim_model: 
 
 @pytest.fixture(scope="module")
 def pair(serve_module: Serve) -> ServerProcess:
-    """Two workers with the default router."""
-    server = serve_module("--workers", "2", options=("speedup=20",)).until_ready()
+    """Two workers with the default router, to which pass times are given: a busy machine's may be anything."""
+    times = ("--pinned-estimates.prefill-ms", "1,0.01,0", "--pinned-estimates.decode-ms", "1,0,0")
+    server = serve_module("--workers", "2", *times, options=("speedup=20",)).until_ready()
     server.until_metric("trtserve_worker_up", lambda value: value == 2)
     return server
 

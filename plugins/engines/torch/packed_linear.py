@@ -21,29 +21,41 @@ class Linear(nn.Module):
         self._bias = bias
         self._packed = packed
         self._weight = _pack(weight) if packed else weight
+        if packed:
+            # kept, since finding an operation by its name costs a decode step as much as a small one
+            self._pointwise = torch.ops.mkldnn._linear_pointwise.default
+            self._pointwise_with = torch.ops.mkldnn._linear_pointwise.binary
 
     def forward(self, x: Tensor) -> Tensor:
         if self._packed:
-            return _packed_linear(x, self._weight, self._bias)
+            return self._product(x, "none")
         return F.linear(x, self._weight, self._bias)
 
     def silu(self, x: Tensor) -> Tensor:
         """silu of the product; a packed linear takes it before it rounds."""
         if self._packed:
-            return _packed_linear(x, self._weight, self._bias, "swish")
+            return self._product(x, "swish")
         return F.silu(self.forward(x))
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
         """The product, times `factor` of its shape; a packed linear multiplies before it rounds."""
         if self._packed:
-            return _packed_with(x, self._weight, self._bias, "mul", factor)
+            return self._product_with(x, "mul", factor)
         return self.forward(x) * factor
 
     def plus(self, x: Tensor, term: Tensor) -> Tensor:
         """The product, plus `term` of its shape; a packed linear adds before it rounds."""
         if self._packed:
-            return _packed_with(x, self._weight, self._bias, "add", term)
+            return self._product_with(x, "add", term)
         return self.forward(x) + term
+
+    def _product(self, x: Tensor, activation: str) -> Tensor:
+        product: Tensor = self._pointwise(x, self._weight, self._bias, activation, [], "")
+        return product
+
+    def _product_with(self, x: Tensor, operation: str, other: Tensor) -> Tensor:
+        result: Tensor = self._pointwise_with(x, other, self._weight, self._bias, operation)
+        return result
 
 
 def packing_works(dtype: torch.dtype, device: torch.device) -> bool:
@@ -79,13 +91,3 @@ def _pack(weight: Tensor) -> Tensor:
 
 def _all_forms(linear: Linear, x: Tensor, other: Tensor) -> Tensor:
     return torch.stack([linear(x), linear.silu(x), linear.times(x, other), linear.plus(x, other)])
-
-
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none") -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, activation, [], "")
-    return product
-
-
-def _packed_with(x: Tensor, weight: Tensor, bias: Tensor | None, operation: str, other: Tensor) -> Tensor:
-    result: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, other, weight, bias, operation)
-    return result

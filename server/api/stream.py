@@ -1,11 +1,11 @@
 """How the events of one answer reach the socket, and how a client that leaves is noticed.
 
 Under hypercorn's HTTP/1.1 the transport is there, behind ASGI's `send`: `HTTPStream` → `H11Protocol` → `TCPServer`.
-`DirectStream` has h11 render head and end, and writes each event as one chunk of the chunked transfer coding straight
-to that transport, without a task, a lock or an event object per token. h11's chunked writer keeps no state between
-data events, so the two never disagree. Wherever that path is not found (HTTP/1.0, HTTP/2, another ASGI server, a test
-client) `AsgiStream` does the same with plain ASGI. Only this module knows hypercorn's insides; they are those of the
-0.18 series.
+`DirectStream` writes heads that h11 has rendered, and each event as one chunk of the chunked transfer coding, straight
+to that transport, without a task, a lock or an event object per token. h11 and hypercorn are told of the beginning and
+the end of an answer; h11's chunked writer keeps no state between data events, so they never disagree. Wherever that
+path is not found (HTTP/1.0, HTTP/2, another ASGI server, a test client) `AsgiStream` does the same with plain ASGI.
+Only this module knows hypercorn's insides; they are those of the 0.18 series.
 
 A client that reads too slowly fills the transport's buffer; past `max_buffered_bytes` its request is given up.
 """
@@ -29,6 +29,10 @@ _PER_REQUEST = (b"x-request-id", b"x-trtserve-ignored-params", b"x-trtserve-expl
 
 _CHUNKED = b"Transfer-Encoding: chunked"
 """What h11 puts behind our headers."""
+
+_LAST_CHUNK = b"0\r\n\r\n"
+
+_MOST_HEADS = 64
 
 Message: TypeAlias = dict[str, Any]
 Scope: TypeAlias = dict[str, Any]
@@ -135,8 +139,18 @@ class DirectStream:
         self._is_open = True
         self.started = False
 
-    def _head(self) -> bytes:
-        return self._path.head([*self._headers, *self._late_headers()])
+    def _begin(self, body: bytes) -> None:
+        """Write the head with the first bytes of the body. Raises RuntimeError where uvloop closed the transport."""
+        self.started = True
+        headers = [*self._headers, *self._late_headers()]
+        head = self._path.known_head(headers)
+        if head is None:
+            self._transport.write(self._path.begin(headers) + body)
+            return
+        try:
+            self._transport.write(head + body)
+        finally:
+            self._path.begin(headers)  # the client does not wait for what only hypercorn and h11 have to know
 
     async def __aenter__(self) -> DirectStream:
         return self
@@ -148,11 +162,11 @@ class DirectStream:
         if not self._is_open or not data:  # a chunk of no bytes would end the body
             return
         chunk = b"%x\r\n%b\r\n" % (len(data), data)
-        if not self.started:
-            self.started = True
-            chunk = self._head() + chunk
         try:
-            self._transport.write(chunk)
+            if self.started:
+                self._transport.write(chunk)
+            else:
+                self._begin(chunk)
         except RuntimeError:
             self._lost()
             return
@@ -190,11 +204,11 @@ class DirectStream:
         if self._is_open and (self.started or last):
             self._is_open = False
             chunk = b"%x\r\n%b\r\n" % (len(last), last) if last else b""
-            head = b"" if self.started else self._head()
-            self.started = True
-            data = head + chunk + self._path.tail()
             try:
-                self._transport.write(data)
+                if self.started:
+                    self._transport.write(chunk + _LAST_CHUNK)
+                else:
+                    self._begin(chunk + _LAST_CHUNK)
             except RuntimeError:
                 self._lost()
             await self._path.close()
@@ -208,27 +222,44 @@ class HypercornPath:
     protocol: H11Protocol
     transport: asyncio.WriteTransport
 
-    def head(self, headers: Headers) -> bytes:
-        """The bytes of the response's head; hypercorn's state moves on as if ASGI had started the response."""
-        shared = tuple(header for header in headers if header[0] not in _PER_REQUEST)
-        head = self.protocol.connection.send(_response((*shared, *self.protocol.config.response_headers("h11"))))
+    def known_head(self, headers: Headers) -> bytes | None:
+        """The bytes of the response's head, where one like it was made before; else `begin` makes them."""
+        if any(name == b"connection" for name, _ in self.stream.scope["headers"]):
+            return None  # h11 may answer that with a header of its own
+        rendered = _heads.get(_shared(headers))
+        return None if rendered is None else _with_own(rendered, headers)
+
+    def begin(self, headers: Headers) -> bytes:
+        """The bytes of the response's head; h11 and hypercorn move on as if ASGI had started the response. Once for
+        each, whether `known_head` gave the bytes or not."""
+        shared = _shared(headers)
+        rendered = self.protocol.connection.send(_response((*shared, *self.protocol.config.response_headers("h11"))))
         self.stream.response = {"type": "http.response.start", "status": 200, "headers": headers}
         self.stream.state = ASGIHTTPState.RESPONSE
-        assert head is not None
-        own = b"".join([b"%b: %b\r\n" % header for header in headers if header[0] in _PER_REQUEST])
-        place = head.index(_CHUNKED)
-        return head[:place] + own + head[place:]
-
-    def tail(self) -> bytes:
-        """The bytes that end the body."""
-        tail = self.protocol.connection.send(h11.EndOfMessage())
-        assert tail is not None
-        return tail
+        assert rendered is not None
+        if shared not in _heads and b"\r\nConnection:" not in rendered and len(_heads) < _MOST_HEADS:
+            _heads[shared] = rendered
+        return _with_own(rendered, headers)
 
     async def close(self) -> None:
         """As hypercorn does after a complete answer: the connection is ready for the next request, or closes."""
+        self.protocol.connection.send(h11.EndOfMessage())
         self.stream.state = ASGIHTTPState.CLOSED
         await self.stream.send(StreamClosed(stream_id=self.stream.stream_id))
+
+
+_heads: dict[tuple[tuple[bytes, bytes], ...], bytes] = {}
+"""What h11 made of the headers that answers share, for connections that stay open."""
+
+
+def _shared(headers: Headers) -> tuple[tuple[bytes, bytes], ...]:
+    return tuple(header for header in headers if header[0] not in _PER_REQUEST)
+
+
+def _with_own(rendered: bytes, headers: Headers) -> bytes:
+    own = b"".join([b"%b: %b\r\n" % header for header in headers if header[0] in _PER_REQUEST])
+    place = rendered.index(_CHUNKED)
+    return rendered[:place] + own + rendered[place:]
 
 
 @lru_cache(maxsize=64)

@@ -107,6 +107,33 @@ async def test_the_client_side_of_h11_agrees():
             client.start_next_cycle()
 
 
+async def test_heads_are_those_of_h11_each_time():
+    """The first is rendered by h11, later ones are known; each has its own request id. Who closes is told so."""
+    headers = [*HEADERS[:1], (b"x-test", b"known heads")]  # of this test only
+
+    async def answer(scope, receive, send):
+        name = dict(scope["headers"])[b"name"]
+        async with direct(send, [*headers, (b"x-request-id", name)], no_one, BIG) as stream:
+            if name != b"at once":
+                stream.write(b"first")
+            await stream.end(b"last")
+
+    async def ask(reader, writer, name, more=b""):
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\nname: " + name + b"\r\n" + more + b"\r\n")
+        return await response(reader)
+
+    async with serving(answer) as connect:
+        reader, writer = await connect()
+        names = [b"a", b"b", b"at once", b"c"]
+        answers = [await ask(reader, writer, name) for name in names]
+        closed, _ = await ask(reader, writer, b"d", b"Connection: close\r\n")
+        assert await reader.read() == b""
+    assert [b"".join(chunks) for _, chunks in answers] == [b"firstlast", b"firstlast", b"last", b"firstlast"]
+    heads = [head.replace(b"x-request-id: " + name, b"ID") for name, (head, _) in zip(names, answers, strict=True)]
+    assert len(set(heads)) == 1
+    assert closed.replace(b"x-request-id: d", b"ID").replace(b"Connection: close\r\n", b"") == heads[0] != closed
+
+
 @pytest.mark.parametrize(("version", "method"), [(b"1.0", b"GET"), (b"1.1", b"HEAD")])
 async def test_where_chunks_do_not_go_asgi_does(version, method):
     kinds = []
@@ -153,6 +180,35 @@ async def test_a_client_that_does_not_read_is_given_up_once():
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             await response(reader)
     assert calls == [True]
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_beginning_on_what_uvloop_has_closed_is_no_error(is_known):
+    headers = [*HEADERS, (b"x-test", b"closed %d" % is_known)]
+    survived = []
+
+    async def answer(scope, receive, send):
+        async with direct(send, headers, no_one, BIG) as stream:
+            if scope["method"] == "GET":
+                stream._transport.abort()
+                for _ in range(10):
+                    await asyncio.sleep(0)
+            stream.write(b"one")
+            await stream.end(b"two")
+            survived.append(stream.started)
+
+    async def run():
+        async with serving(answer) as connect:
+            reader, writer = await connect()
+            if is_known:
+                writer.write(get(method=b"DELETE"))
+                await response(reader)
+            writer.write(get())
+            with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
+                await response(reader)
+
+    uvloop.run(run())
+    assert survived == [True] * (1 + is_known)
 
 
 @pytest.mark.parametrize("first", ["write", "framed", "end"])

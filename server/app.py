@@ -120,14 +120,17 @@ class Server:
             endpoint = self._settings.worker_endpoint or f"ipc://{runtime_dir}/workers.sock"
             with (
                 self._decision_log or nullcontext(),
-                Link(
-                    endpoint, self._pool.on_message, self._flusher.flush, before_last=self._flusher.expect_no_more
-                ) as link,
+                Link(endpoint, self._pool.on_message, self._on_drained, self._flusher.expect_no_more) as link,
             ):
                 self._pool.attach(link.send)
                 return await self._serve(link.endpoint, runtime_dir)
         finally:
             shutil.rmtree(runtime_dir, ignore_errors=True)
+
+    def _on_drained(self) -> None:
+        """Tokens first: somebody waits for them."""
+        self._flusher.flush()
+        self._pool.account()
 
     async def _serve(self, endpoint: str, runtime_dir: Path) -> ExitCode:
         commands = WorkerCommands(

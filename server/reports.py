@@ -6,10 +6,10 @@ A worker's warm-up runs before it is ready, and so before the router knows it; w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
-from trtserve.plugins.api import PassStats, RequestId, Role, WorkerId
+from trtserve.plugins.api import PassStats, Role, WorkerId
 from trtserve.server.kv_peers import KVPeers
 from trtserve.server.router.feed import Change
 from trtserve.server.router.router import Router
@@ -18,8 +18,6 @@ from trtserve.server.workers.client import WorkerClient, WorkerState
 
 _MOST_EARLY_REPORTS = 4096
 """A warm-up takes some dozen passes. Of more, the newest count; the index notices by their numbers and asks again."""
-
-_NOTHING: tuple[Change, ...] = ()
 
 _Report: TypeAlias = tuple[int, tuple[Change, ...]] | PassStats
 
@@ -79,36 +77,34 @@ class WorkerReports:
 
     # -------------------------------------------------------------- StepListener
 
-    def on_events(self, client: WorkerClient, rank: int, first_event: int, events: Sequence[wire.WireEvent]) -> None:
-        changes = tuple(map(_change_of, events))
-        if client.state is WorkerState.READY:
-            self._router.events(client.routed_ids[rank], first_event, changes)
-        else:
-            self._keep(client, rank, (first_event, changes))
-
-    def on_prompt_done(self, client: WorkerClient, rank: int, request_id: RequestId, cached_tokens: int) -> None:
-        self._router.prompt_done(client.routed_ids[rank], request_id, cached_tokens)
-
-    def on_ended(self, client: WorkerClient, request_id: RequestId) -> None:
-        """The booking of a request goes with its run, not with this."""
-
     def on_step(self, client: WorkerClient, step: wire.Step) -> None:
-        if client.state is WorkerState.READY:
-            routed_id = client.routed_ids[step.rank]
-            if not step.events:
-                # Its number shows whether events were lost since the last ones.
-                self._router.events(routed_id, step.first_event, _NOTHING)
-            self._router.pass_ended(routed_id, step.stats, step.load, step.num_tokens, step.num_rows)
-        elif step.stats is not None:
-            self._keep(client, step.rank, step.stats)
+        """In the order that `RoutingCore` wants."""
+        first_event = step.first_event
+        changes = tuple(map(_change_of, step.events)) if step.events else ()
+        if client.state is not WorkerState.READY:
+            self._keep(client, step, changes)
+            return
+        router, routed_id = self._router, client.routed_ids[step.rank]
+        if changes:
+            router.events(routed_id, first_event, changes)
+        for detail in step.details:
+            if detail.cached_tokens is not None:
+                router.prompt_done(routed_id, detail.request_id, detail.cached_tokens)
+        # The number of the next event shows whether some were lost.
+        next_event = first_event + len(changes)
+        router.pass_ended(routed_id, step.stats, step.load, step.num_tokens, step.num_rows, next_event)
 
     def on_blocks(self, client: WorkerClient, blocks: wire.Blocks) -> None:
         self._router.snapshot(client.routed_ids[blocks.rank], blocks.next_event, wire.hashes_of(blocks.hashes))
 
-    def _keep(self, client: WorkerClient, rank: int, report: _Report) -> None:
+    def _keep(self, client: WorkerClient, step: wire.Step, changes: tuple[Change, ...]) -> None:
         early = self._early.get(client.worker_id)
-        if early is not None:
-            early.append((rank, report))
+        if early is None:
+            return
+        if changes:
+            early.append((step.rank, (step.first_event, changes)))
+        if step.stats is not None:
+            early.append((step.rank, step.stats))
 
 
 def _change_of(event: wire.WireEvent) -> Change:

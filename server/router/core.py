@@ -274,8 +274,6 @@ class RoutingCore:
         worker = self.workers.get(worker_id)
         if worker is not None and worker.feed is not None:
             worker.feed.apply(first_event, changes, now_s)
-            if not changes:  # as with most steps
-                return
             removed = [hashes for kind, hashes in changes if kind == "removed"]
             for hashes in removed:
                 worker.eviction.removed(hashes, now_s)
@@ -311,12 +309,23 @@ class RoutingCore:
         return booking
 
     def pass_ended(
-        self, worker_id: WorkerId, stats: PassStats | None, load: WorkerLoad, tokens: int, rows: int, now_s: float
-    ) -> None:
-        """The rest of a step: `rows` sequences got `tokens` tokens in all."""
+        self,
+        worker_id: WorkerId,
+        stats: PassStats | None,
+        load: WorkerLoad,
+        tokens: int,
+        rows: int,
+        now_s: float,
+        next_event: int | None = None,
+    ) -> Role | None:
+        """The rest of a step: `rows` sequences got `tokens` tokens in all. next_event: the number of the KV event to
+        come, which shows whether some were lost; None where events come later than steps. Returns the worker's role."""
         worker = self.workers.get(worker_id)
         if worker is None:
-            return
+            return None
+        feed = worker.feed
+        if feed is not None and next_event is not None and (feed.next_event != next_event or not feed.is_known):
+            feed.apply(next_event, (), now_s)
         tracked = worker.tracked
         view = tracked.counts
         if stats is not None and tracked.pass_times.wants(stats, now_s):
@@ -324,6 +333,7 @@ class RoutingCore:
         tracked.pass_ended(stats, load, tokens, rows, now_s)
         # Each running sequence has one block that is not full yet, and so not stored.
         view.unused_blocks = max(0, view.info.num_blocks - self.index.num_stored(view.slot) - load.running)
+        return view.role
 
     # -------------------------------------------------------------- the decision
 

@@ -220,12 +220,18 @@ class Router:
         self.core.learn(worker_id, stats)
 
     def pass_ended(
-        self, worker_id: WorkerId, stats: PassStats | None, load: WorkerLoad, tokens: int, rows: int
+        self,
+        worker_id: WorkerId,
+        stats: PassStats | None,
+        load: WorkerLoad,
+        tokens: int,
+        rows: int,
+        next_event: int | None = None,
     ) -> None:
-        """The rest of a step: `rows` sequences got `tokens` tokens."""
-        self.core.pass_ended(worker_id, stats, load, tokens, rows, self._clock())
-        if self._waiting and (rows if stats is None else stats.prefill_tokens):
-            self.plan_soon(self.core.workers[worker_id].counts.role)
+        """As `RoutingCore.pass_ended`."""
+        role = self.core.pass_ended(worker_id, stats, load, tokens, rows, self._clock(), next_event)
+        if self._waiting and role is not None and (rows if stats is None else stats.prefill_tokens):
+            self.plan_soon(role)
 
     # -------------------------------------------------------------- the decision
 

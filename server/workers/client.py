@@ -50,23 +50,14 @@ class StepListener(Protocol):
     """Who wants to know what workers report (the router). Called on the event loop, must not block and must not raise,
     but for ValueError where what a worker says makes no sense.
 
-    For each step, in this order and only where there is something to say: `on_events`, `on_prompt_done`, then the
-    tokens go to the requests' sinks, `on_ended`; `on_step` last and always. The warm-up's steps come before the worker
-    is ready, when `client.info` is not that of this incarnation; its requests have ids that the server never gave out.
+    The warm-up's steps come before the worker is ready, when `client.info` is not that of this incarnation; its
+    requests have ids that the server never gave out.
     """
 
-    def on_events(self, client: WorkerClient, rank: int, first_event: int, events: Sequence[wire.WireEvent]) -> None:
-        """Blocks were stored or removed. first_event: the number of the first one, counted per incarnation and rank
-        from 0."""
-
-    def on_prompt_done(self, client: WorkerClient, rank: int, request_id: RequestId, cached_tokens: int) -> None:
-        """A request's first token comes; `cached_tokens` of its prompt were in the prefix cache."""
-
-    def on_ended(self, client: WorkerClient, request_id: RequestId) -> None:
-        """The worker holds nothing of this request any more. When a worker is lost nobody calls this for each."""
-
     def on_step(self, client: WorkerClient, step: wire.Step) -> None:
-        """A step is over: `step.load`, `step.stats` (None: no pass), `step.num_rows`, `step.num_tokens`. Hot."""
+        """What a step says beside its tokens: events, prompts that are done, load, statistics. Comes when the tokens of
+        all steps that were read with it are on their way to the clients, before any task has heard of them, and before
+        whatever else the worker says. Hot."""
 
     def on_blocks(self, client: WorkerClient, blocks: wire.Blocks) -> None:
         """The answer to `WorkerClient.send_resync`: a rank's whole set, in its place among the steps."""
@@ -230,14 +221,12 @@ class WorkerClient:
             self._advanced(message.steps)
 
     def on_step(self, step: wire.Step) -> None:
-        """Hot: runs once per engine step, its inner loop once per row. Raises ValueError or TypeError where the step
-        makes no sense."""
+        """Its tokens and ends to whom they belong; `account` follows. Hot: runs once per engine step, its inner loop
+        once per row. Raises ValueError or TypeError where the step makes no sense."""
         self._advanced(step.number)
         if step.rank and not 0 < step.rank < self.num_ranks and self.state is WorkerState.READY:
             raise ValueError(f"a step of rank {step.rank}, of {self.num_ranks}")
         self._loads[step.rank] = step.load
-        if step.events:
-            self._listener.on_events(self, step.rank, step.first_event, step.events)
         details = self._before_tokens(step) if step.details else None
         token_ids: list[int] = memoryview(step.token_ids).cast("i").tolist()
         request_ids: list[int] = memoryview(step.request_ids).cast("Q").tolist()
@@ -252,6 +241,9 @@ class WorkerClient:
         for detail in step.details:
             if detail.finish_reason is not None:
                 self._finish(detail, FinishReason(detail.finish_reason))
+
+    def account(self, step: wire.Step) -> None:
+        """The rest of a step, after `on_step`. Raises ValueError where it makes no sense."""
         self._listener.on_step(self, step)
 
     def on_blocks(self, message: wire.Blocks) -> None:
@@ -267,8 +259,6 @@ class WorkerClient:
     def _before_tokens(self, step: wire.Step) -> dict[int, tuple[TokenLogprob, ...]]:
         logprobs = {}
         for detail in step.details:
-            if detail.cached_tokens is not None:
-                self._listener.on_prompt_done(self, step.rank, detail.request_id, detail.cached_tokens)
             run = self._runs.get(detail.request_id)
             if run is None:
                 continue
@@ -314,7 +304,6 @@ class WorkerClient:
                 detail.speculation,
             )
             run.ended.set_result(finish)
-        self._listener.on_ended(self, detail.request_id)
 
     def stop(self, request_id: RequestId) -> bool:
         """End a request early on the server's word; False when it does not run here."""

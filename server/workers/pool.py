@@ -54,6 +54,7 @@ class WorkerPool:
         self._clients: dict[WorkerId, WorkerClient] = {}
         self._by_identity: dict[bytes, WorkerClient] = {}
         self._send: Callable[[bytes, wire.ToWorker], bool] = _not_connected
+        self._steps: list[tuple[WorkerClient, wire.Step]] = []  # whose tokens are on their way, and no more of them yet
 
     def attach(self, send: Callable[[bytes, wire.ToWorker], bool]) -> None:
         """The link to answer over."""
@@ -94,12 +95,14 @@ class WorkerPool:
     # -------------------------------------------------------------- messages
 
     def on_message(self, identity: bytes, message: wire.FromWorker) -> None:
-        """Called by the link for every message, on the loop."""
+        """Called by the link for every message, on the loop; `account` when it has read all that was there."""
         client = self._by_identity.get(identity)
         if client is not None and type(message) is wire.Step:  # nearly all of them
             client.heard()
             self._report(client, client.on_step, message)
+            self._steps.append((client, message))
             return
+        self.account()
         if isinstance(message, wire.Hello):
             self._hello(identity, message)
             return
@@ -127,6 +130,12 @@ class WorkerPool:
                 client.kv.links.on_linked(message)
             case wire.Failed():
                 self.gone(client, message.reason)
+
+    def account(self) -> None:
+        """Tell the listener of the steps whose tokens have been handed on: clients wait for those only."""
+        steps, self._steps = self._steps, []
+        for client, step in steps:
+            self._report(client, client.account, step)
 
     def _report(self, client: WorkerClient, take: Callable[[_Report], None], report: _Report) -> None:
         try:

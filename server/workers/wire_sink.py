@@ -21,6 +21,11 @@ logger = logging.getLogger(__name__)
 OUTBOX_LIMIT = 10_000
 _LONGEST_WAIT_S = 60.0
 
+_MOST_IN_BATCH = 64
+_MOST_BATCH_BYTES = 2**18
+"""Several messages that wait go as one, which the server receives at once: it would be busy with receiving from an
+engine whose steps are quick. Bounded, so that no batch holds up what comes behind it."""
+
 
 class OutboxFull(Exception):
     """The server has read nothing for a minute."""
@@ -55,12 +60,19 @@ class Outbox:
         os.eventfd_write(self.descriptor, 1)
 
     def take(self) -> bytes | None:
-        """The next message; None if there is none."""
+        """What waits, as one message for the socket: the next one, with those behind it up to a limit. None if there is
+        nothing."""
         with self._has_room:
-            if not self._messages:
+            messages = self._messages
+            if not messages:
                 return None
-            self._has_room.notify()
-            return self._messages.popleft()
+            taken = [messages.popleft()]
+            num_bytes = len(taken[0])
+            while messages and len(taken) < _MOST_IN_BATCH and num_bytes + len(messages[0]) <= _MOST_BATCH_BYTES:
+                taken.append(messages.popleft())
+                num_bytes += len(taken[-1])
+            self._has_room.notify(len(taken))
+        return wire.batch_of(taken)
 
     def reset(self) -> None:
         """Call before taking: later puts wake the poller again."""

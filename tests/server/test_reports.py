@@ -55,7 +55,9 @@ async def house():
     def say(step):
         """As the worker does, and the server hears it."""
         sink.push(step)
-        client.on_step(wire.decode_from_worker(outbox.take()))
+        for message in wire.decode_from_worker(outbox.take()):
+            client.on_step(message)
+            client.account(message)
 
     return router, reports, client, sink, say
 
@@ -93,8 +95,7 @@ async def test_events_of_ranks_are_counted_apart_and_told_again_apart(house):
     assert [router.core.indexed(WorkerId(f"agg-0/{rank}")) for rank in (0, 1)] == [(10, 0), (10, 0)]
     assert client.load.free_blocks == sink.load.free_blocks == 101
     sink.push_blocks()
-    for rank in (0, 1):
-        answer = wire.decode_from_worker(sink._outbox.take())
+    for rank, answer in zip((0, 1), wire.decode_from_worker(sink._outbox.take()), strict=True):
         assert (answer.rank, answer.next_event, len(answer.hashes)) == (rank, 1, 80)
         client.on_blocks(answer)
     with pytest.raises(ValueError, match="rank 2, of 2"):

@@ -57,16 +57,12 @@ class Listener:
     def worker_connected(self, client):
         self.reports.append(("connected", client.worker_id))
 
-    def on_events(self, client, rank, first_event, events):
-        self.reports.append(("events", first_event, events))
-
-    def on_prompt_done(self, client, rank, request_id, cached_tokens):
-        self.reports.append(("prompt done", request_id, cached_tokens))
-
-    def on_ended(self, client, request_id):
-        self.reports.append(("ended", request_id))
-
     def on_step(self, client, step):
+        if step.events:
+            self.reports.append(("events", step.first_event, step.events))
+        for detail in step.details:
+            if detail.cached_tokens is not None:
+                self.reports.append(("prompt done", detail.request_id, detail.cached_tokens))
         self.reports.append(("step", step.number))
 
     def on_blocks(self, client, blocks):
@@ -163,7 +159,12 @@ async def house(tmp_path):
     listener, drained = Listener(), []
     pool = WorkerPool(Expectation("token", "model", "tokenizer"), listener)
     context = zmq.Context(io_threads=1)
-    with Link(f"ipc://{tmp_path}/socket", pool.on_message, lambda: drained.append(None)) as link:
+
+    def on_drained():
+        drained.append(None)
+        pool.account()
+
+    with Link(f"ipc://{tmp_path}/socket", pool.on_message, on_drained) as link:
         pool.attach(link.send)
         house = House(pool, listener, link, context, drained)
         yield house
@@ -234,7 +235,7 @@ async def sites(tmp_path, monkeypatch):
     listener = IntroducingListener()
     pool = WorkerPool(Expectation("token", "model", "tokenizer"), listener)
     context = zmq.Context(io_threads=1)
-    with Link(f"ipc://{tmp_path}/socket", pool.on_message, lambda: None) as link:
+    with Link(f"ipc://{tmp_path}/socket", pool.on_message, pool.account) as link:
         pool.attach(link.send)
         sites = Sites(House(pool, listener, link, context, []), tmp_path)
         yield sites

@@ -1,5 +1,6 @@
 """A ROUTER socket that plays the server, and a worker that talks to it."""
 
+import collections
 import queue
 import threading
 from array import array
@@ -24,12 +25,15 @@ class Server:
         self.socket.bind(endpoint)
         self.endpoint = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self.identity = b""
+        self._received = collections.deque()  # of a batch
 
     def receive(self, *kinds):
         """The next message of one of these kinds; heartbeats and steps in between are skipped unless asked for."""
         while True:
-            self.identity, data = self.socket.recv_multipart()
-            message = wire.decode_from_worker(data)
+            if not self._received:
+                self.identity, data = self.socket.recv_multipart()
+                self._received += wire.decode_from_worker(data)
+            message = self._received.popleft()
             if not kinds or isinstance(message, kinds):
                 return message
             assert not isinstance(message, wire.Failed), message

@@ -14,6 +14,7 @@ from trtserve.plugins.api import (
     WorkerId,
     WorkerLoad,
 )
+from trtserve.server.errors import WorkerLost
 from trtserve.server.workers import wire
 from trtserve.server.workers.warm_up import FIRST_REQUEST_ID
 
@@ -36,7 +37,7 @@ class ReportingSink(Sink):
 
 
 @pytest.mark.parametrize("tokens", [[5], [5, 6]], ids=["one token", "more"])
-async def test_a_step_is_told_in_order(house, running, tokens):
+async def test_tokens_go_on_before_the_step_is_told(house, running, tokens):
     peer, client = await house.worker()
     reports = house.listener.reports
     run = running(client, a_request(1), ReportingSink(reports))
@@ -45,13 +46,43 @@ async def test_a_step_is_told_in_order(house, running, tokens):
     output = Output(RequestId(1), tokens, FinishReason.LENGTH, cached_tokens=2)
     peer.say(step(4, output, first_event=3, events=[REMOVED]))
     await run
+    told = [("events", 3, (wire.event_of(REMOVED),)), ("prompt done", 1, 2), ("step", 4)]
+    assert reports == [("tokens", tokens), *told]
+
+
+async def test_steps_that_come_together_are_told_after_the_tokens_of_all(house, running):
+    """And before whatever else the worker says, and before the end of a request is noticed."""
+    peer, client = await house.worker()
+    reports = house.listener.reports
+    run = running(client, a_request(1), ReportingSink(reports))
+    run.add_done_callback(lambda run: reports.append(("over",)))
+    await peer.hears()
+    reports.clear()
+    steps = [step(number, Output(RequestId(1), [number]), first_event=3) for number in (1, 2)]
+    last = step(3, Output(RequestId(1), [3], FinishReason.LENGTH), first_event=3)
+    messages = [*steps, wire.blocks_of(3, [BlockHash(1)]), last]
+    peer.say_bytes(wire.batch_of(list(map(wire.encode, messages))))
+    await run
+    await until(lambda: ("over",) in reports)
     assert reports == [
-        ("events", 3, (wire.event_of(REMOVED),)),
-        ("prompt done", 1, 2),
-        ("tokens", tokens),
-        ("ended", 1),
-        ("step", 4),
+        *[("tokens", [1]), ("tokens", [2]), ("step", 1), ("step", 2), ("blocks", 3, [1])],
+        *[("tokens", [3]), ("step", 3), ("over",)],
     ]
+
+
+async def test_a_step_whose_rest_makes_no_sense_ends_its_worker(house, running):
+    peer, client = await house.worker()
+
+    def refuse(client, step):
+        raise ValueError("no such rank")
+
+    house.listener.on_step = refuse
+    run = running(client, a_request(1), sink := Sink())
+    await peer.hears()
+    peer.say(step(1, Output(RequestId(1), [5])))
+    with pytest.raises(WorkerLost, match="message \\(step\\) that makes no sense: no such rank"):
+        await run
+    assert (sink.tokens, client.state) == ([5], "gone")
 
 
 async def test_a_plain_step_is_one_call(house, running):
@@ -81,7 +112,7 @@ async def test_the_warm_up_is_heard_before_the_worker_is_ready(house):
     client = house.pool[WorkerId("agg-0")]
     await until(lambda: client.steps == 1)
     assert (client.state, client.num_running) == ("starting", 0)
-    assert [report[0] for report in house.listener.reports] == ["connected", "events", "prompt done", "ended", "step"]
+    assert [report[0] for report in house.listener.reports] == ["connected", "events", "prompt done", "step"]
 
 
 async def test_every_process_begins_anew(house):
@@ -99,7 +130,7 @@ async def test_ends_of_requests_that_nobody_waits_for_are_told(house, running):
     await peer.hears()
     peer.say(step(1, Output(RequestId(1), (), FinishReason.CANCELLED, cached_tokens=3)))
     await until(lambda: client.steps == 1)
-    assert house.listener.reports[1:] == [("prompt done", 1, 3), ("ended", 1), ("step", 1)]
+    assert house.listener.reports[1:] == [("prompt done", 1, 3), ("step", 1)]
 
 
 async def test_blocks_are_asked_for_and_told_in_their_place(house):

@@ -24,7 +24,19 @@ from trtserve.server.workers import wire
 @settings(deadline=None)
 @given(FROM_WORKER)
 def test_messages_of_workers_survive(message):
-    assert wire.decode_from_worker(wire.encode(message)) == message
+    assert wire.decode_from_worker(wire.encode(message)) == (message,)
+
+
+@settings(deadline=None)
+@given(st.lists(FROM_WORKER, min_size=1, max_size=40))
+def test_a_batch_is_its_messages(messages):
+    assert list(wire.decode_from_worker(wire.batch_of(list(map(wire.encode, messages))))) == messages
+
+
+def test_batches_are_not_in_batches():
+    batch = wire.batch_of([wire.encode(wire.Failed("a")), wire.encode(wire.Failed("b"))])
+    with pytest.raises(wire.WireError):
+        wire.decode_from_worker(wire.batch_of([batch, batch]))
 
 
 @settings(deadline=None)
@@ -59,7 +71,7 @@ def unpacked(step: wire.Step):
 @settings(deadline=None)
 @given(STEP, st.integers(0, 2**40), st.integers(0, 2**40))
 def test_a_step_says_all_that_the_engine_said(outputs, number, first_event):
-    step = wire.decode_from_worker(wire.encode(wire.step_of(number, first_event, outputs)))
+    (step,) = wire.decode_from_worker(wire.encode(wire.step_of(number, first_event, outputs)))
     assert (step.number, step.first_event, step.load, step.stats) == (number, first_event, outputs.load, outputs.stats)
     assert step.rank == outputs.rank
     assert unpacked(step) == [(output.request_id, output.token_ids) for output in outputs.outputs if output.token_ids]
@@ -176,4 +188,4 @@ def test_directions_do_not_mix(message):
 def test_finish_reasons_travel_by_their_names():
     for reason in FinishReason:
         step = wire.step_of(1, 0, StepOutputs([Output(RequestId(1), (), reason)], WorkerLoad()))
-        assert wire.decode_from_worker(wire.encode(step)).details[0].finish_reason == reason.value
+        assert wire.decode_from_worker(wire.encode(step))[0].details[0].finish_reason == reason.value

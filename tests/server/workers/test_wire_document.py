@@ -9,7 +9,8 @@ import pytest
 from trtserve.server.workers import wire
 
 DOCUMENT = (Path(__file__).parents[3] / "docs" / "wire.md").read_text()
-MESSAGES = {kind.__struct_config__.tag: kind for kind in (*get_args(wire.FromWorker), *get_args(wire.ToWorker))}
+KINDS = (*get_args(wire.FromWorker), wire.Batch, *get_args(wire.ToWorker))
+MESSAGES = {kind.__struct_config__.tag: kind for kind in KINDS}
 
 
 def test_the_version_is_the_codes():

@@ -35,7 +35,7 @@ def phase(text):
 
 
 def taken(outbox):
-    return [wire.decode_from_worker(data) for data in iter(outbox.take, None)]
+    return [message for data in iter(outbox.take, None) for message in wire.decode_from_worker(data)]
 
 
 def stored(*numbers):
@@ -55,6 +55,17 @@ def test_the_outbox_wakes_its_reader_and_keeps_order(outbox):
     assert not poller.poll(0)
     assert taken(outbox) == [wire.Progress("a"), wire.Progress("b")]
     assert outbox.take() is None
+
+
+def test_what_waits_goes_as_one_message_up_to_a_limit(monkeypatch):
+    monkeypatch.setattr("trtserve.server.workers.wire_sink._MOST_IN_BATCH", 3)
+    monkeypatch.setattr("trtserve.server.workers.wire_sink._MOST_BATCH_BYTES", 100)
+    outbox = Outbox()
+    for text in ("a", "b", "c", "d", "e" * 200, "f", "g" * 90, "h"):
+        outbox.put(phase(text))
+    batches = [wire.decode_from_worker(data) for data in iter(outbox.take, None)]
+    os.close(outbox.descriptor)
+    assert ["".join(message.phase[0] for message in batch) for batch in batches] == ["abc", *"defgh"]
 
 
 def test_a_full_outbox_makes_the_engine_wait_and_the_socket_s_thread_not(outbox, sink):

@@ -3,8 +3,10 @@
     python bench/first_token.py
 
 Prints medians in milliseconds, from the client where there is one: hypercorn answering one event from a plain ASGI
-application; encoding 200 words; and a message to a worker process and back over ZeroMQ, handed to a thread and back
-there as an engine's is. The server on core 0, client and worker on core 1, as in `bench/server.py`.
+application; encoding 200 words; a message to a worker process and back over ZeroMQ, handed to a thread and back there
+as an engine's is; the sum of these; and all of it as one chain in one process, with the body parsed and the template
+rendered, since what runs once in a millisecond finds cold caches and takes longer than in a loop of its own. The server
+on core 0, client and worker on core 1, as in `bench/server.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import orjson
 import uvloop
 import zmq
 
@@ -37,17 +40,20 @@ _EVENT = b'data: {"choices":[{"index":0,"delta":{"content":" word"},"finish_reas
 def main() -> None:
     os.sched_setaffinity(0, {1})
     rows = {
-        "hypercorn, one event from a plain ASGI application": _hypercorn_ms(),
+        "hypercorn, one event from a plain ASGI application": _hypercorn_ms("--hypercorn"),
         "the tokenizer, 200 words": _encode_ms(),
         "ZeroMQ to a worker process, a thread there, and back": _round_trip_ms(),
     }
+    rows["together"] = sum(rows.values())
+    os.sched_setaffinity(0, {1})
+    rows["one chain of these, with orjson and the template"] = _chain_ms()
     print("| part | median ms |\n|---|---|")
-    for name, duration_ms in (rows | {"together": sum(rows.values())}).items():
+    for name, duration_ms in rows.items():
         print(f"| {name} | {duration_ms:.2f} |")
 
 
-def _hypercorn_ms() -> float:
-    process = subprocess.Popen(("taskset", "-c", "0", sys.executable, __file__, "--hypercorn"))
+def _hypercorn_ms(*arguments: str) -> float:
+    process = subprocess.Popen(("taskset", "-c", "0", sys.executable, __file__, *arguments))
     try:
         _wait_for_port()
         requests = [request_bytes(number, 200, 1, f"127.0.0.1:{_PORT}") for number in range(_REQUESTS)]
@@ -55,7 +61,18 @@ def _hypercorn_ms() -> float:
     finally:
         process.terminate()
         process.wait(10)
+    assert not result.failed
     return statistics.median(result.first_event_s) * 1e3
+
+
+def _chain_ms() -> float:
+    endpoint = f"ipc://{tempfile.mkdtemp()}/chain.sock"
+    worker = subprocess.Popen(("taskset", "-c", "1", sys.executable, __file__, "--worker", endpoint))
+    try:
+        return _hypercorn_ms("--chain", endpoint)
+    finally:
+        worker.terminate()
+        worker.wait(10)
 
 
 def _wait_for_port() -> None:
@@ -81,23 +98,67 @@ async def _application(scope: dict[str, Any], receive: Any, send: Any) -> None:
     await send({"type": "http.response.body", "body": _EVENT})
 
 
-def _serve_hypercorn() -> None:
+def _serve_hypercorn(application: Any = _application) -> None:
     from hypercorn.asyncio import serve
     from hypercorn.config import Config
 
     config = Config()
     config.bind = [f"127.0.0.1:{_PORT}"]
     config.errorlog = None
-    uvloop.run(serve(_application, config, mode="asgi"))  # type: ignore[arg-type]
+    uvloop.run(serve(application, config, mode="asgi"))
 
 
-def _encode_ms() -> float:
+class _Chain:
+    """Each step that an answer needs, and nothing that checks, counts, routes or cancels."""
+
+    def __init__(self, endpoint: str) -> None:
+        from trtserve.server.text.chat_template import load_chat_template
+        from trtserve.server.text.tokenizer import load_tokenizer
+
+        folder = _model()
+        self._render, self._encode = load_chat_template(folder).render, load_tokenizer(folder).encode_inline
+        self._router = zmq.Context.instance().socket(zmq.ROUTER)
+        self._router.bind(endpoint)
+        self._worker = self._router.recv_multipart()[0]
+        self._answer: asyncio.Future[bytes] | None = None
+
+    def _drain(self) -> None:
+        while int(self._router.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            answer = self._router.recv_multipart(zmq.NOBLOCK)[1]
+            if self._answer is not None:
+                self._answer.set_result(answer)
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] == "lifespan":
+            asyncio.get_running_loop().add_reader(self._router.fileno(), self._drain)
+            await _application(scope, receive, send)
+            return
+        raw, more = b"", True
+        while more:
+            message = await receive()
+            raw, more = raw + message["body"], message.get("more_body", False)
+        ids = self._encode(self._render(orjson.loads(raw)["messages"]), False)
+        self._answer = asyncio.get_running_loop().create_future()
+        self._router.send_multipart((self._worker, ids.tobytes()))
+        self._drain()
+        await self._answer
+        headers = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": _EVENT})
+
+
+def _model() -> Any:
     from trtserve.server.model.resolve import resolve_model
-    from trtserve.server.text.tokenizer import load_tokenizer
     from trtserve.settings.schema import Settings
 
     settings = Settings()
-    tokenizer = load_tokenizer(resolve_model(settings.model, settings.cache_dir))
+    return resolve_model(settings.model, settings.cache_dir)
+
+
+def _encode_ms() -> float:
+    from trtserve.server.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(_model())
     durations_s = []
     for number in range(_REQUESTS):
         body = request_bytes(number, 200, 1, "-").partition(b"\r\n\r\n")[2]
@@ -184,6 +245,8 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["--hypercorn"]:
             _serve_hypercorn()
+        case ["--chain", endpoint]:
+            _serve_hypercorn(_Chain(endpoint))
         case ["--worker", endpoint]:
             _work(endpoint)
         case _:

@@ -31,6 +31,8 @@ EXIT_SERVER_GONE = 4
 EXIT_ENGINE_FAILED = 70
 
 _HEARTBEAT_S = 1.0
+
+_POLLIN, _EVENTS = int(zmq.POLLIN), int(zmq.EVENTS)
 _SERVER_SILENCE_MS = 30_000
 """A server that is silent for longer is gone. One that dies is noticed at once, by its parent-watch or the end of the
 connection: this is for machines and networks that vanish. A server may be stopped or starved for some seconds, and
@@ -119,6 +121,8 @@ class Worker:
             if self._starting is None and time.monotonic() > welcome_deadline_s:
                 logger.error("no answer from the server at %s", self._identity.endpoint)
                 return EXIT_SERVER_GONE
+            if self._outbox.descriptor in ready:
+                self._outbox.reset()  # only now: that nothing is there costs an exception, in the way of a request
             self._send(socket)
             if self._sink.failed.is_set():
                 self._send(socket)
@@ -130,7 +134,6 @@ class Worker:
         return self._exit_code
 
     def _send(self, socket: zmq.Socket[bytes]) -> None:
-        self._outbox.reset()
         while (data := self._outbox.take()) is not None:
             socket.send(data)  # blocks when the server does not read; its parent-watch ends us if it is dead
         now_s = time.monotonic()
@@ -140,11 +143,8 @@ class Worker:
 
     def _receive(self, socket: zmq.Socket[bytes]) -> None:
         is_resync_due = False  # one answer serves all who asked in one turn
-        while True:
-            try:
-                message = wire.decode_to_worker(socket.recv(zmq.NOBLOCK))
-            except zmq.Again:
-                break
+        while socket.getsockopt(_EVENTS) & _POLLIN:  # type: ignore[operator]  # asked, as in `Link`
+            message = wire.decode_to_worker(socket.recv(zmq.NOBLOCK))
             if isinstance(message, wire.Resync):
                 is_resync_due = True
             else:

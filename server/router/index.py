@@ -295,19 +295,23 @@ class Overlaps:
         self._ends: list[tuple[int, int]] = []  # (depth, workers that have so many blocks and no more)
 
     def __call__(self) -> Mapping[int, int]:
+        """Hot: asked of every held request in every decision."""
         index = self._index
         if self._changes != index.changes:
-            if self._changes == _NEVER or not self._is_still_true():
+            hashes = self._hashes
+            if self._changes == _NEVER:
                 self._find()
+            elif hashes:
+                first = hashes[0]
+                holders = index._shards[first & _SHARD_BITS].get(first, 0)
+                if holders != self._holders or (holders and not self._is_still_true()):
+                    self._find()
             self._changes = index.changes
         return self._depths
 
     def _is_still_true(self) -> bool:
+        """Of a prompt whose first block has the same holders as before."""
         holders, hashes = self._index.holders, self._hashes
-        if not hashes:
-            return True
-        if holders(hashes[0]) != self._holders:
-            return False
         for depth, workers in self._ends:
             if depth > 1 and workers & ~holders(hashes[depth - 1]):
                 return False

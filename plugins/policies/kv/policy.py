@@ -43,7 +43,6 @@ class _Candidate:
     passes: PassCosts  # of workers such as `least` is for
     most: int  # leading blocks that any worker has
     least: PlannedPrompt  # on the worker that has most of it
-    due_s: float  # until then it waits for others of its moment
     rank_ms: float  # the least are served first
     prompt: PlannedPrompt  # on the worker that it is planned on
     cost_ms: float = 0.0
@@ -137,13 +136,17 @@ class KVPolicy:
         return min(self._options.window, max(_LEAST_WINDOW, _MOST_PAIRS // num_workers))
 
     def _candidate(self, waiting: HeldRequest, passes: PassCosts, state: RoutingState) -> _Candidate:
-        overlaps, length, options = waiting.overlaps(), len(waiting.request.prompt), self._options
+        overlaps, length = waiting.overlaps(), len(waiting.request.prompt)
         most = max(overlaps.values()) if overlaps else 0
         least = passes.prompt(length, most, state.estimates.output_tokens, waiting.moves_kv)
-        patience_ms = min(options.gather_ms, options.gather_share * least.prefill_ms)
-        due_s = waiting.held_since_s + (patience_ms / 1000 if patience_ms >= _LEAST_PATIENCE_MS else 0.0)
-        rank_ms = self._rank_ms(waiting, least.prefill_ms, state.now_s)
-        return _Candidate(waiting, overlaps, passes, most, least, due_s, rank_ms, least)
+        rank_ms = least.prefill_ms - self._options.age_weight * (state.now_s - waiting.held_since_s) * 1000
+        return _Candidate(waiting, overlaps, passes, most, least, rank_ms, least)
+
+    def _due_s(self, candidate: _Candidate) -> float:
+        """Until then it waits for others of its moment, where requests tend to come so."""
+        options, since_s = self._options, candidate.waiting.held_since_s
+        patience_ms = min(options.gather_ms, options.gather_share * candidate.least.prefill_ms)
+        return since_s + (patience_ms / 1000 if patience_ms >= _LEAST_PATIENCE_MS else 0.0)
 
     def _rank_ms(self, waiting: HeldRequest, prefill_ms: float, now_s: float) -> float:
         return prefill_ms - self._options.age_weight * (now_s - waiting.held_since_s) * 1000
@@ -209,8 +212,8 @@ class KVPolicy:
                 if candidate is first:
                     self._waits_for[view.role] = candidate.waiting.request.id, view.worker_id
                 return None
-            if now_s < candidate.due_s and self._arrivals.are_close:
-                return candidate.due_s
+            if self._arrivals.are_close and now_s < (due_s := self._due_s(candidate)):
+                return due_s
             sent.append(Assignment(candidate.waiting.request.id, view.worker_id, candidate.cost_ms))
             tokens += prompt.new
             prompts += 1

@@ -45,6 +45,10 @@ class Outbox:
         self._has_room = threading.Condition()
         self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
+    def __len__(self) -> int:
+        """Messages that wait."""
+        return len(self._messages)
+
     def put(self, make: Callable[[], wire.FromWorker]) -> None:
         """Wait for room, then make a message and queue it. Raises OutboxFull."""
         with self._has_room:

@@ -32,6 +32,10 @@ EXIT_ENGINE_FAILED = 70
 
 _HEARTBEAT_S = 1.0
 
+_LEAST_PAUSE_S = 0.0003
+"""What is said so soon after the last message waits for the rest of that time: steps that follow each other more
+quickly than any GPU makes them, or come from several ranks at once, then cost the server one message."""
+
 _POLLIN, _EVENTS = int(zmq.POLLIN), int(zmq.EVENTS)
 _SERVER_SILENCE_MS = 30_000
 """A server that is silent for longer is gone. One that dies is noticed at once, by its parent-watch or the end of the
@@ -75,6 +79,7 @@ class Worker:
         self._exit_code: int | None = None
         self._is_told_to_stop = False
         self._next_heartbeat_s = 0.0
+        self._sent_s = 0.0
 
     def stop(self) -> None:
         """Ask `run` to end; safe in a signal handler."""
@@ -134,9 +139,13 @@ class Worker:
         return self._exit_code
 
     def _send(self, socket: zmq.Socket[bytes]) -> None:
-        while (data := self._outbox.take()) is not None:
-            socket.send(data)  # blocks when the server does not read; its parent-watch ends us if it is dead
         now_s = time.monotonic()
+        if self._outbox:
+            if now_s - self._sent_s < _LEAST_PAUSE_S:
+                time.sleep(_LEAST_PAUSE_S - (now_s - self._sent_s))
+            while (data := self._outbox.take()) is not None:
+                socket.send(data)  # blocks when the server does not read; its parent-watch ends us if it is dead
+            now_s = self._sent_s = time.monotonic()
         if self._starting is not None and now_s >= self._next_heartbeat_s:
             self._next_heartbeat_s = now_s + _HEARTBEAT_S
             socket.send(wire.encode(wire.Heartbeat(self._sink.steps, self._sink.load, self._kv.usage())))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from array import array
 
 import msgspec
@@ -74,6 +75,25 @@ def test_step_numbers_and_heartbeats_agree(server, run):
     assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     heartbeat = server.receive(wire.Heartbeat)
     assert heartbeat.steps == numbers[-1] and heartbeat.load.running == 0
+
+
+def test_quick_steps_share_messages(server, run, monkeypatch):
+    """However quick the engine, so many messages a second; each step is there, in order."""
+    pause_s = 0.02
+    monkeypatch.setattr("trtserve.server.workers.worker._LEAST_PAUSE_S", pause_s)
+    run()
+    server.welcome()
+    started_s = time.monotonic()
+    server.say(submit(1, max_tokens=400))
+    steps, num_messages = [], 0
+    while not any(detail.finish_reason for step in steps[-1:] for detail in step.details):
+        num_messages += not server._received
+        steps.append(server.receive(wire.Step))
+    elapsed_s = time.monotonic() - started_s
+    numbers = [step.number for step in steps]
+    assert numbers == list(range(numbers[0], numbers[0] + len(numbers))) and len(numbers) == 400
+    # 64 steps fit into one; heartbeats come between.
+    assert num_messages <= 400 / 64 + 2 * elapsed_s / pause_s + 2
 
 
 def test_a_request_is_cancelled(server, run):

@@ -20,6 +20,12 @@ def tokenizer(default_folder):
 
 
 @pytest.fixture(scope="session")
+def reference(default_folder):
+    """`tokenizers` itself, for the default model."""
+    return Tokenizer.from_file(str(default_folder.tokenizer_json))
+
+
+@pytest.fixture(scope="session")
 def sentencepiece_folder(tmp_path_factory):
     """A BPE with byte fallback that writes spaces as U+2581 and strips the first one, as Llama 2's."""
     pieces = [

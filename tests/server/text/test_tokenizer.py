@@ -6,7 +6,6 @@ import threading
 from array import array
 
 import pytest
-import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,11 +14,6 @@ from trtserve.server.model.errors import ModelError
 from trtserve.server.model.folder import ModelFolder
 from trtserve.server.text.probes import PROBES
 from trtserve.server.text.tokenizer import INLINE_CHARACTERS, Tokenizer, load_tokenizer
-
-
-@pytest.fixture(scope="module")
-def reference(default_folder):
-    return tokenizers.Tokenizer.from_file(str(default_folder.tokenizer_json))
 
 
 def test_the_default_model_is_encoded_fast(tokenizer):
@@ -116,6 +110,37 @@ def test_bytes_of_sentencepiece_tokens(sentencepiece_tokenizer):
     assert sentencepiece_tokenizer.token_text(token_id("<0xE4>")) == "\ufffd"
     assert sentencepiece_tokenizer.token_text(token_id("</s>")) == "</s>"
     assert sentencepiece_tokenizer.eos_token_id == token_id("</s>")
+
+
+@given(ids=st.lists(st.integers(0, 49_200), max_size=40), skip=st.booleans())
+def test_any_tokens_decode_as_tokenizers_does(tokenizer, reference, ids, skip):
+    """The default model's backend is not kept."""
+    assert tokenizer._backend is None
+    assert tokenizer.decode(ids, skip) == reference.decode(ids, skip_special_tokens=skip)
+
+
+class Misspelt:
+    """A vocabulary in which one token is another."""
+
+    def __init__(self, reference, token_id):
+        self._reference, self._token_id = reference, token_id
+
+    def id_to_token(self, token_id):
+        return "other" if token_id == self._token_id else self._reference.id_to_token(token_id)
+
+    def token_to_id(self, token):
+        return self._reference.token_to_id(token)
+
+
+@pytest.mark.parametrize("wrong", [None, 0, 49_151])
+def test_the_backend_is_kept_where_another_vocabulary_differs(reference, wrong):
+    tokenizer = Tokenizer(reference, None, {}, Misspelt(reference, wrong))
+    assert (tokenizer._backend is None) is (wrong is None)
+    assert tokenizer.token_text(0) == reference.id_to_token(0)
+
+
+def test_sentencepiece_keeps_its_backend(sentencepiece_tokenizer):
+    assert sentencepiece_tokenizer._backend is not None
 
 
 def test_truncation_asked_for_by_the_file_is_not_done(sentencepiece_tokenizer):

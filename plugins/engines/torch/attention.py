@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trtserve.plugins.engines.torch.attention_terms import AttentionTerms, softmax
 from trtserve.plugins.engines.torch.decode_attention import DecodeGroup
+from trtserve.plugins.engines.torch.decode_rows import RowsUpdate
 from trtserve.plugins.engines.torch.kv_store import KVStore
 
 ATTENTION_NAME = "trtserve_paged"
@@ -72,14 +73,16 @@ class PagedAttention:
     slots: Tensor  # int64[tokens]: where each packed token's KV goes
     decodes: list[DecodeGroup]
     prefills: list[PrefillChunk]
-    scratch: dict[str, Tensor]  # reused from step to step; owned by the engine
+    rows: RowsUpdate | None  # for decodes that read kept rows
     masks: dict[tuple[object, ...], Tensor] = field(default_factory=dict)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
         keys, values = self.store.keys[layer], self.store.values[layer]
         keys.index_copy_(1, self.slots, key)
         values.index_copy_(1, self.slots, value)
-        outputs = [group.attend(self.store, layer, query, terms, self.scratch) for group in self.decodes]
+        if self.rows is not None:
+            self.rows.write(layer, key, value)
+        outputs = [group.attend(layer, query, terms) for group in self.decodes]
         outputs += [self._prefill(chunk, query, key, value, keys, values, terms) for chunk in self.prefills]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

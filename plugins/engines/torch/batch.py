@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from trtserve.plugins.engines.torch.attention import PagedAttention, PrefillChunk
+from trtserve.plugins.engines.torch.block_copies import BlockCopies
 from trtserve.plugins.engines.torch.decode_attention import DecodeGroup
+from trtserve.plugins.engines.torch.decode_rows import DecodeRows
 from trtserve.plugins.engines.torch.kv_store import KVStore
 from trtserve.plugins.engines.torch.sequence import Sequence
 
@@ -39,12 +41,20 @@ class PackedBatch:
     sampled: list[Sequence]
 
 
-def pack(work: list[Scheduled], store: KVStore, scratch: dict[str, Tensor]) -> PackedBatch:
-    """Lay out a step: single tokens first, longest context first among them, then the chunks in their order."""
-    singles = [item for item in work if item.count == 1]
-    singles.sort(key=lambda item: item.sequence.num_computed, reverse=True)
+def pack(
+    work: list[Scheduled], store: KVStore, scratch: dict[str, Tensor], decode_rows: DecodeRows | None = None
+) -> PackedBatch:
+    """Lay out a step: single tokens first, in the order of their kept rows or longest context first, then the chunks
+    in their order."""
+    singles = [item.sequence for item in work if item.count == 1]
+    kept = None if decode_rows is None else decode_rows.place(singles)
+    if kept is None:
+        singles.sort(key=lambda sequence: sequence.num_computed, reverse=True)
+        groups, rows = _decode_groups(singles, store, scratch), None
+    else:
+        singles, groups, rows = kept.sequences, kept.groups, kept.update
     chunks = [item for item in work if item.count > 1]
-    ordered = singles + chunks
+    ordered = [Scheduled(sequence, 1) for sequence in singles] + chunks
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -57,9 +67,7 @@ def pack(work: list[Scheduled], store: KVStore, scratch: dict[str, Tensor]) -> P
         if item.is_complete:
             keep.append(len(ids) - 1)
     device = store.device
-    paged = PagedAttention(
-        store, _to_device(slots, device), _decode_groups(singles, store), prefills=prefills, scratch=scratch
-    )
+    paged = PagedAttention(store, _to_device(slots, device), groups, prefills, rows)
     return PackedBatch(
         input_ids=_to_device(ids, device)[None],
         position_ids=_to_device(positions, device)[None],
@@ -87,38 +95,35 @@ def _prefill_chunk(item: Scheduled, start: int, store: KVStore) -> PrefillChunk:
     return PrefillChunk(start, item.count, item.sequence.num_computed, _to_device(blocks, store.device))
 
 
-def _decode_groups(singles: list[Scheduled], store: KVStore) -> list[DecodeGroup]:
+def _decode_groups(singles: list[Sequence], store: KVStore, scratch: dict[str, Tensor]) -> list[DecodeGroup]:
     """Split rows, sorted by falling length, where padding the rest to the longest would cost more than a group."""
     groups: list[DecodeGroup] = []
     start = 0
     while start < len(singles):
-        width = _blocks_for(singles[start].sequence.num_computed + 1, store.block_size)
+        width = _blocks_for(singles[start].num_computed + 1, store.block_size)
         stop = start + 1
         while stop < len(singles):
-            blocks = _blocks_for(singles[stop].sequence.num_computed + 1, store.block_size)
+            blocks = _blocks_for(singles[stop].num_computed + 1, store.block_size)
             if (width - blocks) * (len(singles) - stop) > _GROUP_SPLIT_BLOCKS:
                 break
             stop += 1
-        groups.append(_decode_group(singles[start:stop], start, width, store))
+        groups.append(_decode_group(singles[start:stop], start, width, store, scratch))
         start = stop
     return groups
 
 
-def _decode_group(rows: list[Scheduled], start: int, width: int, store: KVStore) -> DecodeGroup:
+def _decode_group(
+    rows: list[Sequence], start: int, width: int, store: KVStore, scratch: dict[str, Tensor]
+) -> DecodeGroup:
     table: list[int] = []
     for row in rows:
-        own = row.sequence.block_ids[:width]
+        own = row.block_ids[:width]
         table += own
         table += own[:1] * (width - len(own))  # hidden by the mask; its first block is certainly valid memory
-    lengths = [row.sequence.num_computed + 1 for row in rows]
+    lengths = [row.num_computed + 1 for row in rows]
     is_run = len(rows) == 1 and table == list(range(table[0], table[0] + width))
-    return DecodeGroup(
-        start,
-        _to_device(lengths, store.device),
-        _to_device(table, store.device),
-        width,
-        first_block=table[0] if is_run else None,
-    )
+    copies = BlockCopies(store, _to_device(table, store.device), width, table[0] if is_run else None, scratch)
+    return DecodeGroup(start, _to_device(lengths, store.device), copies)
 
 
 def _blocks_for(num_tokens: int, block_size: int) -> int:

@@ -19,6 +19,7 @@ from trtserve.plugins.api import (
     WorkerLoad,
 )
 from trtserve.plugins.engines.torch.capacity import Capacity, plan_capacity
+from trtserve.plugins.engines.torch.decode_rows import DecodeRows
 from trtserve.plugins.engines.torch.generation import Generation
 from trtserve.plugins.engines.torch.kv_store import KVStore
 from trtserve.plugins.engines.torch.model import Model, choose_device, choose_dtype, load_model
@@ -130,4 +131,9 @@ class TorchEngine:
         cache = PrefixCache(capacity.num_blocks, config.block_size, config.enable_prefix_caching)
         scheduler = Scheduler(cache, capacity.max_num_seqs, capacity.max_num_tokens)
         sampler = Sampler(model.vocab_size, config.seed, model.device)
-        return Generation(model, store, cache, scheduler, sampler, capacity.max_seq_len)
+        return Generation(model, store, self._decode_rows(store), cache, scheduler, sampler, capacity.max_seq_len)
+
+    def _decode_rows(self, store: KVStore) -> DecodeRows | None:
+        num_blocks = int(store.num_blocks * self._options.decode_rows_share)
+        # on CUDA gathering blocks costs little beside launching it
+        return DecodeRows(store, num_blocks) if num_blocks and store.device.type == "cpu" else None

@@ -18,6 +18,7 @@ from trtserve.plugins.api import (
     WorkerLoad,
 )
 from trtserve.plugins.engines.torch.batch import Scheduled, pack
+from trtserve.plugins.engines.torch.decode_rows import DecodeRows
 from trtserve.plugins.engines.torch.kv_store import KVStore
 from trtserve.plugins.engines.torch.model import Model
 from trtserve.plugins.engines.torch.prefix_cache import BlockChain, PrefixCache
@@ -34,6 +35,7 @@ class Generation:
         self,
         model: Model,
         store: KVStore,
+        decode_rows: DecodeRows | None,
         cache: PrefixCache,
         scheduler: Scheduler,
         sampler: Sampler,
@@ -41,6 +43,7 @@ class Generation:
     ) -> None:
         self._model = model
         self.store = store
+        self._decode_rows = decode_rows
         self.cache = cache
         self._scheduler = scheduler
         self._sampler = sampler
@@ -95,7 +98,7 @@ class Generation:
         )
 
     def _run(self, work: list[Scheduled]) -> list[Output]:
-        batch = pack(work, self.store, self._scratch)
+        batch = pack(work, self.store, self._scratch, self._decode_rows)
         logits = self._model.forward(batch.input_ids, batch.position_ids, batch.rows_to_keep, batch.paged)
         sampled: list[Sampled] = []
         if batch.sampled:
@@ -129,6 +132,8 @@ class Generation:
     def _fail(self, sequence: Sequence) -> Output:
         # numbers that are not finite would reach whoever gets these blocks next, through their unused slots
         self.store.clear_blocks(self.cache.discard(sequence.block_ids))
+        if self._decode_rows is not None:
+            self._decode_rows.forget(sequence.block_ids)
         self._scheduler.remove(sequence.request.id)
         return _output(
             sequence,

@@ -37,7 +37,7 @@ class KVStore:
 
     `keys[layer]` is [kv_heads, num_blocks * block_size, key_dim], `values[layer]` likewise: head-major, so that the
     blocks that a batch gathers are already in the order of a batched matrix product. The tensors live as long as
-    the store; on the CPU all their memory is taken at once.
+    the store; on the CPU all their memory is taken at once, with `is_lazy` as it is first written.
 
     A block travels as a row of `row_width` numbers in the order [layer][keys, values][head][token][dim]. Heads of equal
     dim that follow one another in this order lie in one piece of memory, so that a row of nearly all models is a few
@@ -47,7 +47,13 @@ class KVStore:
     """
 
     def __init__(
-        self, layers: Sequence[LayerShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        layers: Sequence[LayerShape],
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        is_lazy: bool = False,
     ) -> None:
         self.layers = tuple(layers)
         self.num_blocks = num_blocks
@@ -61,7 +67,7 @@ class KVStore:
         views: list[Tensor] = []
         for dim, run in groupby(parts, key=lambda part: part[1]):
             heads = [kv_heads for kv_heads, _ in run]
-            slab = _zeros((sum(heads), num_blocks * block_size, dim), dtype, device)
+            slab = _zeros((sum(heads), num_blocks * block_size, dim), dtype, device, is_lazy)
             views += torch.split(slab, heads)
             words = slab.view(slab.shape[0], num_blocks, -1).view(word)
             at_once = _SERIAL_WORDS // words.shape[2] if device.type == "cpu" else words.shape[0]
@@ -134,19 +140,20 @@ def _word(num_bytes: int) -> torch.dtype:
     return next((word for word in _WORDS if num_bytes % word.itemsize == 0), torch.uint8)
 
 
-def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device, is_lazy: bool) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     heads, slots, dim = shape
     memory = mmap.mmap(-1, heads * slots * dim * dtype.itemsize)
-    _take_now(memory)
+    _advise(memory, getattr(mmap, "MADV_HUGEPAGE", None))
+    if not is_lazy:
+        # a page that is first touched by a request costs it some microseconds: KV that another worker has computed is
+        # then written at a tenth of memory's speed
+        _advise(memory, _MADV_POPULATE_WRITE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def _take_now(memory: mmap.mmap) -> None:
-    """Have the kernel give all pages, in large ones where it can. A page that is first touched by a request costs it
-    some microseconds: KV that another worker has computed is then written at a tenth of memory's speed."""
-    for advice in (getattr(mmap, "MADV_HUGEPAGE", None), _MADV_POPULATE_WRITE):
-        if advice is not None:
-            with suppress(OSError):  # a kernel without it, older than 5.14 say, gives pages as they are touched
-                memory.madvise(advice)
+def _advise(memory: mmap.mmap, advice: int | None) -> None:
+    if advice is not None:
+        with suppress(OSError):  # a kernel without it, older than 5.14 say, gives small pages as they are touched
+            memory.madvise(advice)

@@ -21,6 +21,13 @@ class TorchOptions(BaseModel):
         default=True,
         description="On the CPU in bfloat16, keep linear weights in oneDNN's own layout where this torch can.",
     )
+    decode_rows_share: float = Field(
+        default=0.5,
+        ge=0,
+        le=1,
+        description="On the CPU, memory for a second copy of the KV of sequences that decode, as a share of the KV "
+        "cache's and beside it; attention is faster over that copy, and 0 does without.",
+    )
     layer_swap: bool = Field(
         default=True,
         description="Run Llama-shaped decoder layers through a leaner layer that was checked against the original.",

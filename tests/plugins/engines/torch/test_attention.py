@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from trtserve.plugins.engines.torch.attention import paged_attention
 from trtserve.plugins.engines.torch.batch import Scheduled, pack
+from trtserve.plugins.engines.torch.decode_rows import DecodeRows
 from trtserve.plugins.engines.torch.kv_store import KVStore, LayerShape
 
 CPU = torch.device("cpu")
@@ -47,8 +48,20 @@ def dense(query, key, value, scaling, window, softcap, sinks):
     return (torch.softmax(scores, -1)[..., :total] @ value).transpose(0, 1)
 
 
-def run(works, kv_heads, per_kv, key_dim, value_dim, dtype=torch.float64, scratch=None, consecutive=False, **terms):
-    """Attend the last tokens of each (total, done) sequence; returns (got, wanted), packed alike."""
+def run(
+    works,
+    kv_heads,
+    per_kv,
+    key_dim,
+    value_dim,
+    dtype=torch.float64,
+    scratch=None,
+    consecutive=False,
+    kept=False,
+    **terms,
+):
+    """Attend the last tokens of each (total, done) sequence; returns (got, wanted), packed alike. `kept`: decodes in
+    rows of their own."""
     generator = torch.Generator().manual_seed(sum(total for total, _ in works))
 
     def noise(*shape):
@@ -74,7 +87,9 @@ def run(works, kv_heads, per_kv, key_dim, value_dim, dtype=torch.float64, scratc
         queries[sequence], keys[sequence], values[sequence] = query[:, done:], key[:, done:], value[:, done:]
         wanted[sequence] = result[done:]
         work.append(Scheduled(sequence, total - done))
-    batch = pack(work, store, {} if scratch is None else scratch)
+    rows = DecodeRows(store, 600) if kept else None
+    batch = pack(work, store, {} if scratch is None else scratch, rows)
+    assert kept == (batch.paged.rows is not None) or all(total - done > 1 for total, done in works)
     order = batch.sampled
     q, k, v = (torch.cat([part[sequence] for sequence in order], 1)[None].to(dtype) for part in (queries, keys, values))
     got, weights = paged_attention(LAYER, q, k, v, None, paged=batch.paged, dropout=0.0, **terms)
@@ -100,15 +115,17 @@ TERMS = {
 
 @pytest.mark.parametrize("name", TERMS)
 @pytest.mark.parametrize(("key_dim", "value_dim"), [(8, 8), (12, 6)])
-def test_ragged_batch_equals_dense_attention(name, key_dim, value_dim):
-    got, wanted = run(RAGGED, 2, 2, key_dim, value_dim, **TERMS[name])
+@pytest.mark.parametrize("kept", [True, False])
+def test_ragged_batch_equals_dense_attention(name, key_dim, value_dim, kept):
+    got, wanted = run(RAGGED, 2, 2, key_dim, value_dim, kept=kept, **TERMS[name])
     # sinks go through a softmax in single precision
     assert torch.allclose(got, wanted, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["plain", "window", "all"])
-def test_bfloat16_is_close(name):
-    got, wanted = run(RAGGED, 2, 2, 16, 16, dtype=torch.bfloat16, **TERMS[name])
+@pytest.mark.parametrize("kept", [True, False])
+def test_bfloat16_is_close(name, kept):
+    got, wanted = run(RAGGED, 2, 2, 16, 16, dtype=torch.bfloat16, kept=kept, **TERMS[name])
     assert torch.linalg.vector_norm(got - wanted) < 0.02 * torch.linalg.vector_norm(wanted)
 
 
@@ -122,9 +139,10 @@ def test_bfloat16_is_close(name):
     kv_heads=st.sampled_from([1, 3]),
     per_kv=st.sampled_from([1, 3]),
     window=st.none() | st.integers(1, 70),
+    kept=st.booleans(),
 )
-def test_any_batch_and_window(works, kv_heads, per_kv, window):
-    got, wanted = run(works, kv_heads, per_kv, 4, 4, sliding_window=window)
+def test_any_batch_and_window(works, kv_heads, per_kv, window, kept):
+    got, wanted = run(works, kv_heads, per_kv, 4, 4, sliding_window=window, kept=kept)
     assert torch.allclose(got, wanted, atol=1e-9)
 
 
@@ -148,6 +166,6 @@ def test_rows_of_very_different_length_are_gathered_apart():
     store = KVStore([LayerShape(1, 4, 4)], 400, SIZE, torch.float32, CPU)
     works = [Bare(total, total - 1, list(range(-(-total // SIZE)))) for total in (4, 1500, 4, 4)]
     batch = pack([Scheduled(sequence, 1) for sequence in works], store, {})
-    assert [group.num_blocks for group in batch.paged.decodes] == [375, 1]
+    assert [group.kv.num_blocks for group in batch.paged.decodes] == [375, 1]
     assert [len(group.lengths) for group in batch.paged.decodes] == [1, 3]
     assert batch.sampled[0] is works[1]

@@ -140,6 +140,31 @@ def test_a_broken_request_fails_alone_and_spoils_nothing(tiny_llama, runner_of):
         assert reused.tokens == alone.tokens
 
 
+def test_a_request_that_breaks_while_it_decodes_leaves_a_clean_row(tiny_llama, runner_of):
+    poison = 33
+    tiny_llama.module.get_input_embeddings().weight.data[poison] = torch.nan
+    runner = runner_of(tiny_llama)
+    longer = runner.add([7] * 60, max_tokens=30, logit_bias=((8, 1e4),))
+    bad = runner.add(PROMPT * 8, max_tokens=20, logit_bias=((poison, 1e4),))
+    while bad not in runner.answers() or runner.answers()[bad].last.finish_reason is None:
+        runner.step()
+    assert runner.answers()[bad].tokens == [poison]
+    assert runner.answers()[bad].last.finish_reason is FinishReason.ERROR
+    # the next one's row is read as far as the longer one's, past its own end and over what the broken one wrote
+    (alone,) = runner_of(tiny_llama, options={"decode_rows_share": 0}).generate([PROMPT], max_tokens=8)
+    (reused,) = runner.generate([PROMPT], max_tokens=8)
+    assert reused.tokens == alone.tokens
+    assert runner.answers()[longer].tokens == [8] * 30
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 1])
+def test_answers_do_not_depend_on_the_memory_for_rows(share, tiny_llama, runner_of):
+    prompts = [[number + 3] * length for number, length in enumerate((5, 90, 17, 40, 33, 2, 64))]
+    wanted = [runner_of(tiny_llama).generate([prompt], max_tokens=25)[0].tokens for prompt in prompts]
+    runner = runner_of(tiny_llama, num_blocks=30, max_num_tokens=40, options={"decode_rows_share": share})
+    assert [answer.tokens for answer in runner.generate(prompts, max_tokens=25)] == wanted
+
+
 def test_numbers_add_up(tiny_llama, runner_of):
     runner = runner_of(tiny_llama, max_num_tokens=16, max_num_seqs=4)
     prompts = [[token] * length for token, length in ((3, 20), (4, 33), (5, 2))]

@@ -5,7 +5,7 @@ Under hypercorn's HTTP/1.1 the transport is there, behind ASGI's `send`: `HTTPSt
 to that transport, without a task, a lock or an event object per token. h11 and hypercorn are told of the beginning and
 the end of an answer; h11's chunked writer keeps no state between data events, so they never disagree. Wherever that
 path is not found (HTTP/1.0, HTTP/2, another ASGI server, a test client) `AsgiStream` does the same with plain ASGI.
-Only this module knows hypercorn's insides; they are those of the 0.18 series.
+Only this module knows the insides of hypercorn and h11; they are those of the 0.18 and 0.16 series.
 
 A client that reads too slowly fills the transport's buffer; past `max_buffered_bytes` its request is given up.
 """
@@ -15,8 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import h11
 from hypercorn.asyncio.tcp_server import TCPServer
@@ -29,6 +28,10 @@ _PER_REQUEST = (b"x-request-id", b"x-trtserve-ignored-params", b"x-trtserve-expl
 
 _CHUNKED = b"Transfer-Encoding: chunked"
 """What h11 puts behind our headers."""
+
+_CHUNKED_HEADER = (b"transfer-encoding", b"chunked")
+
+_END = h11.EndOfMessage()
 
 _LAST_CHUNK = b"0\r\n\r\n"
 
@@ -224,35 +227,56 @@ class HypercornPath:
 
     def known_head(self, headers: Headers) -> bytes | None:
         """The bytes of the response's head, where one like it was made before; else `begin` makes them."""
-        if any(name == b"connection" for name, _ in self.stream.scope["headers"]):
-            return None  # h11 may answer that with a header of its own
-        rendered = _heads.get(_shared(headers))
-        return None if rendered is None else _with_own(rendered, headers)
+        known = self._known(_shared(headers))
+        return None if known is None else _with_own(known.rendered, headers)
 
     def begin(self, headers: Headers) -> bytes:
         """The bytes of the response's head; h11 and hypercorn move on as if ASGI had started the response. Once for
         each, whether `known_head` gave the bytes or not."""
         shared = _shared(headers)
-        rendered = self.protocol.connection.send(_response((*shared, *self.protocol.config.response_headers("h11"))))
         self.stream.response = {"type": "http.response.start", "status": 200, "headers": headers}
         self.stream.state = ASGIHTTPState.RESPONSE
+        known = self._known(shared)
+        if known is not None:
+            # What `send` does but for making the bytes again, which takes four times as long.
+            self.protocol.connection._process_event(h11.SERVER, known.response)  # type: ignore[union-attr]
+            return _with_own(known.rendered, headers)
+        response = h11.Response(
+            status_code=200, headers=[*shared, *self.protocol.config.response_headers("h11"), _CHUNKED_HEADER]
+        )
+        rendered = self.protocol.connection.send(response)
         assert rendered is not None
-        if shared not in _heads and b"\r\nConnection:" not in rendered and len(_heads) < _MOST_HEADS:
-            _heads[shared] = rendered
+        if b"\r\nConnection:" not in rendered and len(_heads) < _MOST_HEADS:
+            _heads[shared] = _Head(response, rendered)
         return _with_own(rendered, headers)
+
+    def _known(self, shared: _Shared) -> _Head | None:
+        if any(name == b"connection" for name, _ in self.stream.scope["headers"]):
+            return None  # h11 may answer that with a header of its own
+        return _heads.get(shared)
 
     async def close(self) -> None:
         """As hypercorn does after a complete answer: the connection is ready for the next request, or closes."""
-        self.protocol.connection.send(h11.EndOfMessage())
+        self.protocol.connection.send(_END)
         self.stream.state = ASGIHTTPState.CLOSED
         await self.stream.send(StreamClosed(stream_id=self.stream.stream_id))
 
 
-_heads: dict[tuple[tuple[bytes, bytes], ...], bytes] = {}
-"""What h11 made of the headers that answers share, for connections that stay open."""
+_Shared: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 
-def _shared(headers: Headers) -> tuple[tuple[bytes, bytes], ...]:
+class _Head(NamedTuple):
+    """Of answers on connections that stay open."""
+
+    response: h11.Response
+    rendered: bytes  # by h11
+
+
+_heads: dict[_Shared, _Head] = {}
+"""By the headers that answers share. h11 checks each header by regular expression: most of the time of a head."""
+
+
+def _shared(headers: Headers) -> _Shared:
     return tuple(header for header in headers if header[0] not in _PER_REQUEST)
 
 
@@ -260,12 +284,6 @@ def _with_own(rendered: bytes, headers: Headers) -> bytes:
     own = b"".join([b"%b: %b\r\n" % header for header in headers if header[0] in _PER_REQUEST])
     place = rendered.index(_CHUNKED)
     return rendered[:place] + own + rendered[place:]
-
-
-@lru_cache(maxsize=64)
-def _response(headers: tuple[tuple[bytes, bytes], ...]) -> h11.Response:
-    """h11 checks each header by regular expression: most of the time of a head, and the same for every answer."""
-    return h11.Response(status_code=200, headers=list(headers))
 
 
 def find_path(send: Send) -> HypercornPath | None:

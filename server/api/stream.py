@@ -145,15 +145,7 @@ class DirectStream:
     def _begin(self, body: bytes) -> None:
         """Write the head with the first bytes of the body. Raises RuntimeError where uvloop closed the transport."""
         self.started = True
-        headers = [*self._headers, *self._late_headers()]
-        head = self._path.known_head(headers)
-        if head is None:
-            self._transport.write(self._path.begin(headers) + body)
-            return
-        try:
-            self._transport.write(head + body)
-        finally:
-            self._path.begin(headers)  # the client does not wait for what only hypercorn and h11 have to know
+        self._path.begin([*self._headers, *self._late_headers()], body)
 
     async def __aenter__(self) -> DirectStream:
         return self
@@ -225,22 +217,26 @@ class HypercornPath:
     protocol: H11Protocol
     transport: asyncio.WriteTransport
 
-    def known_head(self, headers: Headers) -> bytes | None:
-        """The bytes of the response's head, where one like it was made before; else `begin` makes them."""
-        known = self._known(_shared(headers))
-        return None if known is None else _with_own(known.rendered, headers)
-
-    def begin(self, headers: Headers) -> bytes:
-        """The bytes of the response's head; h11 and hypercorn move on as if ASGI had started the response. Once for
-        each, whether `known_head` gave the bytes or not."""
-        shared = _shared(headers)
+    def begin(self, headers: Headers, body: bytes) -> None:
+        """Write the response's head and the first bytes of its body; h11 and hypercorn move on as if ASGI had started
+        the response. Raises RuntimeError, having moved on, where uvloop closed the transport."""
         self.stream.response = {"type": "http.response.start", "status": 200, "headers": headers}
         self.stream.state = ASGIHTTPState.RESPONSE
-        known = self._known(shared)
-        if known is not None:
-            # What `send` does but for making the bytes again, which takes four times as long.
+        shared = tuple(header for header in headers if header[0] not in _PER_REQUEST)
+        # h11 may answer a client's connection header with one of its own.
+        is_plain = all(name != b"connection" for name, _ in self.stream.scope["headers"])
+        known = _heads.get(shared) if is_plain else None
+        if known is None:
+            self.transport.write(_with_own(self._render(shared), headers) + body)
+            return
+        try:
+            self.transport.write(_with_own(known.rendered, headers) + body)
+        finally:
+            # What `send` does but for making the bytes again, which takes four times as long; the client does not wait.
             self.protocol.connection._process_event(h11.SERVER, known.response)  # type: ignore[union-attr]
-            return _with_own(known.rendered, headers)
+
+    def _render(self, shared: _Shared) -> bytes:
+        """By h11, which moves on; to be known next time where the connection stays open."""
         response = h11.Response(
             status_code=200, headers=[*shared, *self.protocol.config.response_headers("h11"), _CHUNKED_HEADER]
         )
@@ -248,12 +244,7 @@ class HypercornPath:
         assert rendered is not None
         if b"\r\nConnection:" not in rendered and len(_heads) < _MOST_HEADS:
             _heads[shared] = _Head(response, rendered)
-        return _with_own(rendered, headers)
-
-    def _known(self, shared: _Shared) -> _Head | None:
-        if any(name == b"connection" for name, _ in self.stream.scope["headers"]):
-            return None  # h11 may answer that with a header of its own
-        return _heads.get(shared)
+        return rendered
 
     async def close(self) -> None:
         """As hypercorn does after a complete answer: the connection is ready for the next request, or closes."""
@@ -274,10 +265,6 @@ class _Head(NamedTuple):
 
 _heads: dict[_Shared, _Head] = {}
 """By the headers that answers share. h11 checks each header by regular expression: most of the time of a head."""
-
-
-def _shared(headers: Headers) -> _Shared:
-    return tuple(header for header in headers if header[0] not in _PER_REQUEST)
 
 
 def _with_own(rendered: bytes, headers: Headers) -> bytes:

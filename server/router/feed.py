@@ -43,8 +43,8 @@ class EventFeed:
     def apply(self, first_event: int, changes: Sequence[Change], now_s: float) -> None:
         """The events of one step, in order; first_event: the number of the first of them, or of the next one to come.
 
-        Call it for every step, also for one without events, which shows a gap and the time. Events that were applied
-        before are skipped. now_s: monotonic."""
+        A step without events need be told only while nothing is known, or where its number is not `next_event`: it
+        shows a gap and the time. Events that were applied before are skipped. now_s: monotonic."""
         end = first_event + len(changes)
         if not self.is_known:
             self.next_event = max(self.next_event, end)

@@ -64,10 +64,11 @@ class Tokenizer:
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         self.special_ids = frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
         self.named_special_tokens = named
-        self._know(backend, spelling_of(backend))
-        self._joins_bytes = spelling_of(backend) is Spelling.BYTE_LEVEL and self._decodes_alike(backend)
+        spelling = spelling_of(backend)
+        self._know(backend, spelling)
+        self._joins_bytes = spelling is Spelling.BYTE_LEVEL and self._decodes_alike(backend)
         if vocabulary is not None and self._joins_bytes and _is_same(backend, vocabulary, self.vocab_size):
-            self._know(vocabulary, Spelling.BYTE_LEVEL)
+            self._know(vocabulary, spelling)
             self._backend = None  # 7 MiB and more for 49,000 tokens
 
     def _know(self, vocabulary: Vocabulary, spelling: Spelling) -> None:
@@ -141,7 +142,7 @@ class Tokenizer:
 
 
 def _is_same(one: Vocabulary, other: Vocabulary, size: int) -> bool:
-    """Takes 40 ms for 49,000 tokens."""
+    """Takes 70 ms for 49,000 tokens."""
     for token_id in range(size):
         token = one.id_to_token(token_id)
         if other.id_to_token(token_id) != token:

@@ -128,7 +128,7 @@ class Link:
         received: list[tuple[bytes, wire.FromWorker]] = []
         receive, ask = self._socket.recv, self._socket.getsockopt
         for _ in range(_MESSAGES_PER_TURN):
-            # Asked, as an exception at the end would cost as much as ten answers. The descriptor signals what comes
+            # Asked, as an exception at the end would cost more. The descriptor signals what comes
             # after a no; whatever sends meanwhile asks again.
             if not ask(_EVENTS) & _POLLIN:  # type: ignore[operator]
                 return received, True

@@ -245,9 +245,8 @@ def batch_of(encoded: Sequence[bytes]) -> bytes:
     """One ZeroMQ message with these encoded ones, at most 65,535."""
     if len(encoded) == 1:
         return encoded[0]
-    return b"".join(
-        (_BATCH_HEAD, b"\xdc", len(encoded).to_bytes(2, "big"), *encoded)
-    )  # an array with 16 bits of length
+    array_head = b"\xdc" + len(encoded).to_bytes(2, "big")  # msgpack's array 16
+    return b"".join((_BATCH_HEAD, array_head, *encoded))
 
 
 def decode_to_worker(data: bytes) -> ToWorker:

@@ -139,7 +139,7 @@ class KVPolicy:
         overlaps, length = waiting.overlaps(), len(waiting.request.prompt)
         most = max(overlaps.values()) if overlaps else 0
         least = passes.prompt(length, most, state.estimates.output_tokens, waiting.moves_kv)
-        rank_ms = least.prefill_ms - self._options.age_weight * (state.now_s - waiting.held_since_s) * 1000
+        rank_ms = self._rank_ms(waiting, least.prefill_ms, state.now_s)
         return _Candidate(waiting, overlaps, passes, most, least, rank_ms, least)
 
     def _due_s(self, candidate: _Candidate) -> float:

@@ -37,7 +37,8 @@ class KVStore:
 
     `keys[layer]` is [kv_heads, num_blocks * block_size, key_dim], `values[layer]` likewise: head-major, so that the
     blocks that a batch gathers are already in the order of a batched matrix product. The tensors live as long as
-    the store; on the CPU all their memory is taken at once, with `is_lazy` as it is first written.
+    the store; on the CPU all their memory is taken at once, with `is_lazy` as it is first written, a huge page at a
+    time.
 
     A block travels as a row of `row_width` numbers in the order [layer][keys, values][head][token][dim]. Heads of equal
     dim that follow one another in this order lie in one piece of memory, so that a row of nearly all models is a few
@@ -144,7 +145,8 @@ def _zeros(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     heads, slots, dim = shape
-    memory = mmap.mmap(-1, heads * slots * dim * dtype.itemsize)
+    # private: for shared memory, mmap's default, Linux has huge pages only where an administrator allows it
+    memory = mmap.mmap(-1, heads * slots * dim * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     _advise(memory, getattr(mmap, "MADV_HUGEPAGE", None))
     if not is_lazy:
         # a page that is first touched by a request costs it some microseconds: KV that another worker has computed is

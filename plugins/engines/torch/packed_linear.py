@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trtserve.plugins.engines.torch.huge_pages import onto_huge_pages
+
 _ROWS_HINT = 32  # the batch that a packing is tuned for; one packing serves all batch sizes
 
 
@@ -86,6 +88,8 @@ def pack_linears(module: nn.Module) -> int:
 
 def _pack(weight: Tensor) -> Tensor:
     packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().contiguous(), _ROWS_HINT)
+    # a step reads all weights once: with pages of 4 KiB finding them takes a tenth of the linears' time
+    onto_huge_pages(torch.ops.mkldnn.data_ptr(packed), torch.ops.mkldnn._nbytes(packed))
     return packed
 
 

@@ -23,7 +23,9 @@ ENVIRONMENT = {
     # Reads of GPU memory are all that there is here; left to itself, UCX has no such lane where GPUs share no NVLink,
     # on a single one too, and sends their bytes by way of the CPU and TCP, a thousand times slower.
     "UCX_CUDA_IPC_ENABLE_GET_ZCOPY": "on",
-    "UCX_KEEPALIVE_INTERVAL": "1s",  # how soon a dead peer is seen where no socket tells
+    # A keepalive message goes by way of TCP, and the next read, over CMA too, ends only when the peer has polled for
+    # it: later by a tick after every interval, never while the peer is stopped. The server tells of dead workers.
+    "UCX_KEEPALIVE_INTERVAL": "inf",
     "UCX_ERROR_SIGNALS": "",  # SIGSEGV and SIGBUS stay Python's
     "UCX_LOG_LEVEL": "fatal",  # what happens to peers is told by completions
     "UCX_VFS_ENABLE": "n",  # a monitoring thread in every process

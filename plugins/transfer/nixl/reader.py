@@ -25,7 +25,7 @@ MAX_READS = 4096
 
 _READING_TICK_S = 0.0002  # while reads are under way, here or, as a peer has told, from here
 _EXPECTING_TICK_S = 0.001  # for a while after an export, which is made for somebody who will connect
-_IDLE_TICK_S = 0.02  # a first contact takes some of these; UCX's keepalive far longer ones
+_IDLE_TICK_S = 0.02  # a first contact takes some of these
 _READ_FROM_S = 1.0  # past a notification, which comes with every piece
 _EXPECTING_S = 5.0
 

@@ -10,6 +10,7 @@ from typing import Any
 from hypercorn.asyncio import serve, tcp_server
 from hypercorn.config import Config
 
+from trtserve.server import http1
 from trtserve.server.idle import IdleTimers
 from trtserve.settings.schema import Settings
 
@@ -72,6 +73,7 @@ async def serve_http(app: Any, bound: socket.socket, settings: Settings, stop: a
     idle = IdleTimers(settings.keep_alive_timeout)
     # server/idle.py says why.
     tcp_server.AsyncioSingleTask = idle.new  # type: ignore[assignment, attr-defined]
+    http1.install()
     config.keep_alive_max_requests = 2**31  # the default closes busy connections after 1000
     config.h11_max_incomplete_size = int(settings.max_header_kib * 1024)
     config.graceful_timeout = _GRACE_S

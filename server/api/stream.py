@@ -1,11 +1,11 @@
 """How the events of one answer reach the socket, and how a client that leaves is noticed.
 
-Under hypercorn's HTTP/1.1 the transport is there, behind ASGI's `send`: `HTTPStream` → `H11Protocol` → `TCPServer`.
+Under hypercorn's HTTP/1.1 the transport is there, behind ASGI's `send`: `HTTPStream` → `Http1Protocol` → `TCPServer`.
 `DirectStream` writes heads that h11 has rendered, and each event as one chunk of the chunked transfer coding, straight
-to that transport, without a task, a lock or an event object per token. h11 and hypercorn are told of the beginning and
-the end of an answer; h11's chunked writer keeps no state between data events, so they never disagree. Wherever that
-path is not found (HTTP/1.0, HTTP/2, another ASGI server, a test client) `AsgiStream` does the same with plain ASGI.
-Only this module knows the insides of hypercorn and h11; they are those of the 0.18 and 0.16 series.
+to that transport, without a task, a lock or an event object per token. The protocol is told of the beginning and the
+end of an answer; h11's chunked writer keeps no state between data events, so they never disagree. Wherever that path is
+not found (HTTP/1.0, HTTP/2, another ASGI server, a test client) `AsgiStream` does the same with plain ASGI. Knows the
+insides of hypercorn 0.18 and h11 0.16.
 
 A client that reads too slowly fills the transport's buffer; past `max_buffered_bytes` its request is given up.
 """
@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import h11
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.protocol.events import StreamClosed
-from hypercorn.protocol.h11 import H11Protocol
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
+
+from trtserve.server.http1 import Http1Protocol
 
 _PER_REQUEST = (b"x-request-id", b"x-trtserve-ignored-params", b"x-trtserve-explain")
 """Headers whose values differ from answer to answer. We make them ourselves, of characters that a header may have."""
@@ -30,8 +30,6 @@ _CHUNKED = b"Transfer-Encoding: chunked"
 """What h11 puts behind our headers."""
 
 _CHUNKED_HEADER = (b"transfer-encoding", b"chunked")
-
-_END = h11.EndOfMessage()
 
 _LAST_CHUNK = b"0\r\n\r\n"
 
@@ -209,12 +207,11 @@ class DirectStream:
             await self._path.close()
 
 
-@dataclass(frozen=True, slots=True)
-class HypercornPath:
+class HypercornPath(NamedTuple):
     """The objects between ASGI's `send` and the socket."""
 
     stream: HTTPStream
-    protocol: H11Protocol
+    protocol: Http1Protocol
     transport: asyncio.WriteTransport
 
     def begin(self, headers: Headers, body: bytes) -> None:
@@ -223,32 +220,35 @@ class HypercornPath:
         self.stream.response = {"type": "http.response.start", "status": 200, "headers": headers}
         self.stream.state = ASGIHTTPState.RESPONSE
         shared = tuple(header for header in headers if header[0] not in _PER_REQUEST)
-        # h11 may answer a client's connection header with one of its own.
-        is_plain = all(name != b"connection" for name, _ in self.stream.scope["headers"])
-        known = _heads.get(shared) if is_plain else None
+        known = _heads.get(shared) if self._keeps_open() else None
         if known is None:
             self.transport.write(_with_own(self._render(shared), headers) + body)
             return
         try:
             self.transport.write(_with_own(known.rendered, headers) + body)
         finally:
-            # What `send` does but for making the bytes again, which takes four times as long; the client does not wait.
-            self.protocol.connection._process_event(h11.SERVER, known.response)  # type: ignore[union-attr]
+            self.protocol.responded(known.response)  # the client does not wait for that
+
+    def _keeps_open(self) -> bool:
+        """If not, h11 answers with a connection header of its own."""
+        headers = self.stream.scope["headers"]
+        return self.protocol.keeps_open or all(
+            name != b"connection" or value.lower() == b"keep-alive" for name, value in headers
+        )
 
     def _render(self, shared: _Shared) -> bytes:
         """By h11, which moves on; to be known next time where the connection stays open."""
         response = h11.Response(
             status_code=200, headers=[*shared, *self.protocol.config.response_headers("h11"), _CHUNKED_HEADER]
         )
-        rendered = self.protocol.connection.send(response)
-        assert rendered is not None
+        rendered = self.protocol.render(response)
         if b"\r\nConnection:" not in rendered and len(_heads) < _MOST_HEADS:
             _heads[shared] = _Head(response, rendered)
         return rendered
 
     async def close(self) -> None:
         """As hypercorn does after a complete answer: the connection is ready for the next request, or closes."""
-        self.protocol.connection.send(_END)
+        self.protocol.answered()
         self.stream.state = ASGIHTTPState.CLOSED
         await self.stream.send(StreamClosed(stream_id=self.stream.stream_id))
 
@@ -279,9 +279,9 @@ def find_path(send: Send) -> HypercornPath | None:
     if type(stream) is not HTTPStream:
         return None
     protocol = getattr(stream.send, "__self__", None)
-    if type(protocol) is not H11Protocol or type(protocol.connection) is not h11.Connection:
+    if type(protocol) is not Http1Protocol or type(protocol.connection) is not h11.Connection:
         return None
-    if protocol.connection.their_http_version != b"1.1" or stream.scope["method"] == "HEAD":
+    if not protocol.is_http11 or stream.scope["method"] == "HEAD":
         return None
     server = getattr(protocol.send, "__self__", None)
     if type(server) is not TCPServer:

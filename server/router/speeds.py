@@ -24,6 +24,7 @@ START = PassTimes(
 first pass of a kind scales its curve to itself; the range stays until there were three."""
 
 _DECODES_EVERY_S = 0.0005
+_PREFILLS_EVERY_S = 0.005
 _ERROR_HALF_LIFE = 50.0
 _MIN_PASS_MS, _MAX_PASS_MS = 1e-6, 1e9  # beyond, a clock is wrong
 
@@ -59,7 +60,7 @@ class PassTimeModel:
         self._prefill_error = DecayedMean(0.0, _ERROR_HALF_LIFE, 0.0)
         self._decode_error = DecayedMean(0.0, _ERROR_HALF_LIFE, 0.0)
         self._learnt = START
-        self._next_decode_s = 0.0
+        self._next_decode_s = self._next_prefill_s = 0.0
 
     @property
     def times(self) -> PassTimes:
@@ -76,9 +77,13 @@ class PassTimeModel:
         )
 
     def wants(self, stats: PassStats, now_s: float) -> bool:
-        """Whether to `observe` a pass that ended now. Passes that only decode are many and alike, from hundreds of
-        workers thousands a second, and learning from one takes longer than anything else that is done about it."""
-        if not stats.prefill_tokens:
+        """Whether to `observe` a pass that ended now. Passes are many and alike, from hundreds of workers thousands a
+        second, and learning from one takes longer than anything else that is done about it."""
+        if stats.prefill_tokens:
+            if now_s < self._next_prefill_s:
+                return False
+            self._next_prefill_s = now_s + _PREFILLS_EVERY_S
+        else:
             if now_s < self._next_decode_s:
                 return False
             self._next_decode_s = now_s + _DECODES_EVERY_S

@@ -278,9 +278,10 @@ def test_outside_the_range_seen(tokens, usage):
     assert times.decode_ms(usage) == pytest.approx(times.decode_ms(0.01), rel=1e-3)
 
 
-def test_of_many_passes_that_only_decode_a_few_teach():
+def test_of_many_passes_a_few_teach():
     model = PassTimeModel()
     decode, prefill = PassStats(0.001, 0, 8, 100), PassStats(0.001, 64, 8, 100)
     wanted = [model.wants(decode, now_s) for now_s in (1.0, 1.0001, 1.0004, 1.0006, 1.01)]
     assert wanted == [True, False, False, True, True]
-    assert all(model.wants(prefill, 1.01) for _ in range(3)), "prompts always do"
+    wanted = [model.wants(prefill, now_s) for now_s in (1.01, 1.0149, 1.0151, 1.02)]
+    assert wanted == [True, False, True, False], "passes with prompts are counted by themselves"

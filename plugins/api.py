@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
-from typing import Any, Literal, NewType, Protocol, Self, TypeAlias, runtime_checkable
+from typing import Any, Literal, NamedTuple, NewType, Protocol, Self, TypeAlias, runtime_checkable
 
 RequestId = NewType("RequestId", int)
 """One generated sequence, unique for the life of the server process (a request with n=2 has two)."""
@@ -159,8 +159,7 @@ class Output:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class StoredBlock:
+class StoredBlock(NamedTuple):
     """A full block whose KV can be reused from now on."""
 
     hash: BlockHash

@@ -4,23 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
 
 from trtserve.plugins.api import RequestId
 from trtserve.server.errors import Overloaded, RequestTimedOut, ServeError
 
 
 class LiveRequest:
-    """One HTTP request that generates. Cancelling it cancels the task that answers it, with the reason kept beside."""
+    """One HTTP request that generates. Cancelling it cancels the task that answers it, with the reason kept beside.
 
-    def __init__(self, public_id: str, task: asyncio.Task[object], deadline_s: float) -> None:
-        """deadline_s: on the loop's clock."""
+    A context manager, whose block is the request's life.
+    """
+
+    __slots__ = ("_leave", "_task", "cancelled_s", "deadline_s", "key", "public_id", "reason")
+
+    def __init__(
+        self,
+        public_id: str,
+        key: str,
+        task: asyncio.Task[object],
+        deadline_s: float,
+        leave: Callable[[LiveRequest], None],
+    ) -> None:
+        """key: its own in the table. deadline_s: on the loop's clock. `leave` is called at its end."""
         self.public_id = public_id
+        self.key = key
         self.deadline_s = deadline_s
         self.reason: ServeError | None = None
         self.cancelled_s: float | None = None  # time.monotonic()
         self._task = task
+        self._leave = leave
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._leave(self)
 
     def cancel(self, reason: ServeError) -> None:
         """End the request with this error; only the first call counts."""
@@ -41,6 +64,7 @@ class LiveRequests:
         self._timer: asyncio.TimerHandle | None = None
         self._by_id: dict[str, LiveRequest] = {}
         self._next = 0
+        self._entered = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self.draining = False
@@ -57,25 +81,25 @@ class LiveRequests:
         if self.draining:
             raise Overloaded("the server is shutting down", code="draining", retry_after_s=5.0)
 
-    @contextmanager
-    def enter(self, public_id: str) -> Iterator[LiveRequest]:
-        """The present task answers a request for the length of the block. Raises Overloaded while draining."""
+    def enter(self, public_id: str) -> LiveRequest:
+        """The present task answers a request, to be used in a `with`. Raises Overloaded while draining."""
         self.check_open()
         task = asyncio.current_task()
         assert task is not None
         loop = task.get_loop()
-        live = LiveRequest(public_id, task, loop.time() + self._timeout_s)
-        key = public_id if public_id not in self._by_id else f"{public_id} {id(live)}"
+        self._entered += 1
+        key = public_id if public_id not in self._by_id else f"{public_id} {self._entered}"
+        live = LiveRequest(public_id, key, task, loop.time() + self._timeout_s, self._left)
         self._by_id[key] = live
         self._idle.clear()
         if self._timer is None:
             self._timer = loop.call_at(live.deadline_s, self._expire)
-        try:
-            yield live
-        finally:
-            del self._by_id[key]
-            if not self._by_id:
-                self._idle.set()
+        return live
+
+    def _left(self, live: LiveRequest) -> None:
+        del self._by_id[live.key]
+        if not self._by_id:
+            self._idle.set()
 
     def cancel(self, public_id: str, reason: ServeError) -> bool:
         """False when no such request is live."""

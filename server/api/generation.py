@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from trtserve.plugins.api import Request, TokenIds
 from trtserve.server.api.body import ClientGone, answer, cut_off, discard_body, read_body
@@ -28,8 +28,7 @@ from trtserve.server.text.text_stream import TextStream
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
+class Prepared(NamedTuple):
     """A parsed body with its prompts as tokens."""
 
     params: GenerationParams

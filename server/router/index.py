@@ -157,17 +157,17 @@ class PrefixIndex:
         stored, reserved = worker.stored, worker.reserved
         self._serial += 1
         first = (self._serial, 1)
-        new = []
-        for block in hashes:
-            if block in stored:
-                continue
-            held = reserved.get(block)
-            if held is None:
-                reserved[block] = first
-                new.append(block)
-            else:
-                reserved[block] = (held[0], held[1] + 1)
+        new = [block for block in hashes if block not in stored]
+        if not reserved.keys().isdisjoint(new):
+            lacking, new = new, []
+            for block in lacking:
+                held = reserved.get(block)
+                if held is None:
+                    new.append(block)
+                else:
+                    reserved[block] = (held[0], held[1] + 1)
         if new:
+            reserved.update(dict.fromkeys(new, first))
             self._show(worker.bit, new)
         return Reservation(slot, self._serial, hashes)
 
@@ -179,6 +179,8 @@ class PrefixIndex:
         if worker is None:
             return
         reserved = worker.reserved
+        if reserved.keys().isdisjoint(hashes):
+            return  # all were stored, as is the rule
         gone = []
         for block in hashes:
             held = reserved.get(block)

@@ -69,11 +69,11 @@ class Traffic:
     def estimates(self) -> Estimates:
         """To be used for decisions; cheap."""
         if self._estimates is None:
-            pinned, learnt = self._options, self._learnt()
+            pinned = self._options
             self._estimates = Estimates(
-                learnt.output_tokens if pinned.output_tokens is None else pinned.output_tokens,
-                learnt.reuse_probability if pinned.reuse_probability is None else pinned.reuse_probability,
-                learnt.block_life_s if pinned.block_life_s is None else pinned.block_life_s,
+                self._output_tokens.value if pinned.output_tokens is None else pinned.output_tokens,
+                self._reuse.value if pinned.reuse_probability is None else pinned.reuse_probability,
+                self._life_s.value if pinned.block_life_s is None else pinned.block_life_s,
             )
         return self._estimates
 

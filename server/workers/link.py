@@ -24,6 +24,7 @@ _MESSAGES_PER_TURN = 256
 
 # As plain numbers: pyzmq's enumerations cost more than the calls that take them.
 _NOBLOCK, _POLLIN, _EVENTS, _RCVMORE = int(zmq.NOBLOCK), int(zmq.POLLIN), int(zmq.EVENTS), int(zmq.RCVMORE)
+_FIRST = int(zmq.SNDMORE | zmq.NOBLOCK)  # of two frames; if it is refused, so is the message, as ROUTER drops neither
 
 _SEND_QUEUE = 10_000
 """Messages ZeroMQ holds for one worker. It is full only when the worker has stopped reading; `send` then says so."""
@@ -96,7 +97,8 @@ class Link:
     def send(self, identity: bytes, message: wire.ToWorker) -> bool:
         """False when the worker is not connected or has stopped reading: it is as good as dead."""
         try:
-            self._socket.send_multipart((identity, wire.encode(message)), flags=zmq.NOBLOCK)
+            self._socket.send(identity, _FIRST)
+            self._socket.send(wire.encode(message), _NOBLOCK)
         except zmq.ZMQError as error:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from trtserve.plugins.api import (
     EngineConfig,
     EngineInfo,
     KVLayout,
     KVRows,
+    PassStats,
     Request,
     RequestId,
     StepOutputs,
@@ -99,7 +99,9 @@ class SimEngine:
         if step.stats is None:
             return step
         duration_s = self._pacer.finish(began_s, step.stats.duration_s)
-        return replace(step, stats=replace(step.stats, duration_s=duration_s))
+        stats = step.stats
+        lasted = PassStats(duration_s, stats.prefill_tokens, stats.decode_sequences, stats.context_tokens)
+        return StepOutputs(step.outputs, step.load, step.events, lasted, step.rank)
 
     def stats(self) -> WorkerLoad:
         return self._started.load()

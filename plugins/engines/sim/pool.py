@@ -104,16 +104,17 @@ class BlockPool:
         token_ids: int32[len(blocks) * block_size].
         """
         fresh: list[StoredBlock] = []
-        for place, (block, block_hash) in enumerate(zip(blocks, hashes, strict=True)):
+        stored, size, start = self._stored, self.block_size, 0
+        for block, block_hash in zip(blocks, hashes, strict=True):
             block.is_full = True
-            if block_hash in self._stored:
+            if block_hash in stored:
                 self._publish(parent, fresh)
                 fresh, parent = [], block_hash
-                continue
-            block.hash = block_hash
-            self._stored[block_hash] = block
-            start = place * self.block_size
-            fresh.append(StoredBlock(block_hash, token_ids[start : start + self.block_size]))
+            else:
+                block.hash = block_hash
+                stored[block_hash] = block
+                fresh.append(StoredBlock(block_hash, token_ids[start : start + size]))
+            start += size
         self._publish(parent, fresh)
 
     def take_in(self, hashes: Sequence[BlockHash], token_ids: TokenIds) -> int:

@@ -14,22 +14,25 @@ import sys
 import time
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
-from engine_limits import BareStep, forward_seconds
+from engine_limits import StraightStep, forward_seconds
 from engine_runs import (
     PASS_TOKENS,
     Subject,
+    Timing,
     generate,
     interleaved,
     make_prompts,
     read_seconds,
+    run_alone,
     run_engine,
     run_generate,
 )
@@ -100,38 +103,42 @@ def packed_over_plain(folder: str, effort: Effort) -> Iterator[Ratio]:
     )
     for batch in (1, 8):
         lengths, tokens = [effort.context] * batch, effort.engine_tokens(batch)
-        fast, slow = interleaved(
+        fast, slow, bare_fast, bare_slow = interleaved(
             effort.repeats + 1,
             partial(run_engine, packed, lengths, tokens),
             partial(run_engine, plain, lengths, tokens),
+            partial(run_alone, partial(forward_seconds, packed.model, batch)),
+            partial(run_alone, partial(forward_seconds, plain.model, batch)),
         )
-        possible = forward_seconds(plain.model, batch) / forward_seconds(packed.model, batch)
         yield Ratio(
             f"packed over plain linears, decode, batch {batch}",
             slow.step / fast.step,
             1.3,
-            possible,
+            bare_slow.step / bare_fast.step,
             "transformers' layers with an attention that takes no time",
         )
 
 
 def against_generate(module: Any, subject: Subject, weight_bytes: int, effort: Effort) -> Iterator[Ratio]:
     steps: dict[int, float] = {}
-    bare = BareStep(module, subject.kv_bytes_per_token)
+    runs: list[Callable[[int], Timing]]
+    straight = StraightStep(module) if type(module) is transformers.LlamaForCausalLM else None
     for batch, decode_gate in ((1, 1.4), (8, 2.0), (32, 3.5)):
         lengths = [effort.context] * batch
-        theirs, ours = interleaved(
-            effort.repeats + 1 if batch == 1 else effort.repeats,
+        runs = [
             partial(run_generate, module, lengths, effort.new_tokens),
             partial(run_engine, subject, lengths, effort.engine_tokens(batch)),
-        )
+        ]
+        if straight is not None:
+            runs.append(partial(run_alone, partial(straight.seconds, batch, effort.context + effort.new_tokens // 2)))
+        theirs, ours, *bound = interleaved(effort.repeats + 1 if batch == 1 else effort.repeats, *runs)
         steps[batch] = ours.step
         yield Ratio(
             f"engine over generate, decode, batch {batch}",
             theirs.step / ours.step,
             decode_gate,
-            theirs.step / bare.seconds(batch, effort.context + effort.new_tokens // 2),
-            "packed linears alone, and reading the KV once",
+            theirs.step / bound[0].step if bound else None,
+            "torch's operators of such a step in a straight line",
         )
     yield Ratio("tokens a second, batch 8 over batch 1", 8 * steps[1] / steps[8], 5.0)
     yield Ratio("tokens a second, batch 32 over batch 1", 32 * steps[1] / steps[32], 8.0)
@@ -158,23 +165,25 @@ def on_ragged_prompts(module: Any, subject: Subject, effort: Effort) -> Iterator
     yield Ratio("first token, nothing cached over all cached", cold / warm, 5.0)
 
 
-def step_over_forward(model: Model, subject: Subject, effort: Effort) -> Iterator[Ratio]:
+def step_over_forward(subject: Subject, effort: Effort) -> Iterator[Ratio]:
     """The share of a decode step that is the model; a gate of 1 / 1.10."""
     inside: list[float] = []
-    begun: list[float] = []
-    hooks = [
-        model.module.register_forward_pre_hook(lambda *_: begun.append(time.perf_counter())),
-        model.module.register_forward_hook(lambda *_: inside.append(time.perf_counter() - begun[-1])),
-    ]
+    forward = Model.forward
+
+    def timed(*arguments: Any) -> torch.Tensor:
+        begin = time.perf_counter()
+        logits = forward(*arguments)
+        inside.append(time.perf_counter() - begin)
+        return logits
+
     for number, prompt in enumerate(make_prompts([effort.context] * 8, seed=9)):
         subject.engine.add(Request(RequestId(number), array("i", prompt), SamplingParams(40, temperature=0.0)))
     shares = []
-    while subject.engine.has_work():
-        stats = subject.engine.step().stats
-        if stats is not None and not stats.prefill_tokens:
-            shares.append(inside[-1] / stats.duration_s)
-    for hook in hooks:
-        hook.remove()
+    with patch.object(Model, "forward", timed):
+        while subject.engine.has_work():
+            stats = subject.engine.step().stats
+            if stats is not None and not stats.prefill_tokens:
+                shares.append(inside[-1] / stats.duration_s)
     yield Ratio("bare forward over engine step, decode, batch 8", median(shares), 1 / 1.10)
 
 
@@ -183,11 +192,10 @@ def ratios(folder: str, effort: Effort) -> Iterator[Ratio]:
     yield from packed_over_plain(folder, effort)
     module: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     weight_bytes = sum(weight.nbytes for weight in module.parameters())
-    model = load_model(folder, torch.bfloat16, CPU, TorchOptions())
-    subject = Subject(model)
+    subject = Subject(load_model(folder, torch.bfloat16, CPU, TorchOptions()))
     yield from against_generate(module, subject, weight_bytes, effort)
     yield from on_ragged_prompts(module, subject, effort)
-    yield from step_over_forward(model, subject, effort)
+    yield from step_over_forward(subject, effort)
 
 
 def main() -> int:

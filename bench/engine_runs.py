@@ -84,7 +84,6 @@ class Subject:
             **config,
         }
         self.model = model
-        self.kv_bytes_per_token = model.dtype.itemsize * sum(layer.width for layer in model.layers)
         self.engine = TorchEngine(EngineConfig("in memory", **wanted), load=lambda *_: model)
         self.engine.start(lambda phase: None)
         self.tokens: dict[int, list[int]] = {}
@@ -117,6 +116,11 @@ def run_engine(subject: Subject, lengths: list[int], new_tokens: int, round_numb
     # every run has prompts of its own, or the prefix cache would answer
     prompts = make_prompts(lengths, 1000 * subject.num_runs + round_number)
     return subject.run(prompts, new_tokens)
+
+
+def run_alone(seconds: Callable[[], float], round_number: int) -> Timing:
+    """Something that times one step of its own, to take its turn beside runs."""
+    return Timing(0.0, seconds())
 
 
 def interleaved(repeats: int, *runs: Callable[[int], Timing]) -> list[Timing]:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trtserve.plugins.engines.torch.attention_terms import AttentionTerms, softmax
+from trtserve.plugins.engines.torch.attention_terms import AttentionTerms, softmax, split_joined
 from trtserve.plugins.engines.torch.decode_attention import DecodeGroup
 from trtserve.plugins.engines.torch.decode_rows import RowsUpdate
 from trtserve.plugins.engines.torch.kv_store import KVStore
@@ -30,6 +30,9 @@ class PagedStep(Protocol):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
         """query: [heads, tokens, key_dim], key and value: [kv_heads, tokens, dim] -> [tokens, heads, value_dim]."""
+
+    def attend_joined(self, layer: int, joined: Tensor, heads: int, terms: AttentionTerms) -> Tensor:
+        """The same of [tokens, heads + 2 * kv_heads, dim]: queries, keys, values -> [tokens, heads * dim]."""
 
 
 def paged_attention(
@@ -67,7 +70,10 @@ class PrefillChunk:
 
 @dataclass(slots=True)
 class PagedAttention:
-    """One step over the KV store: writes the new keys and values, then reads what each row may see."""
+    """One step over the KV store: writes the new keys and values, then reads what each row may see.
+
+    Call `finish` after the last layer: where all tokens are of kept rows, only then the store has them.
+    """
 
     store: KVStore
     slots: Tensor  # int64[tokens]: where each packed token's KV goes
@@ -78,13 +84,27 @@ class PagedAttention:
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, terms: AttentionTerms) -> Tensor:
         keys, values = self.store.keys[layer], self.store.values[layer]
-        keys.index_copy_(1, self.slots, key)
-        values.index_copy_(1, self.slots, value)
         if self.rows is not None:
             self.rows.write(layer, key, value)
+        if self.prefills or self.rows is None:
+            keys.index_copy_(1, self.slots, key)
+            values.index_copy_(1, self.slots, value)
         outputs = [group.attend(layer, query, terms) for group in self.decodes]
         outputs += [self._prefill(chunk, query, key, value, keys, values, terms) for chunk in self.prefills]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def attend_joined(self, layer: int, joined: Tensor, heads: int, terms: AttentionTerms) -> Tensor:
+        if self.prefills or self.rows is None or terms.softcap is not None or terms.sinks is not None:
+            query, key, value = split_joined(joined, heads)
+            return self.attend(layer, query, key, value, terms).reshape(len(joined), -1)
+        self.rows.write_pair(layer, joined[:, heads:].transpose(0, 1))
+        if len(self.decodes) == 1:
+            return self.decodes[0].attend_joined(layer, joined[:, :heads], terms)
+        return torch.cat([group.attend_joined(layer, joined[:, :heads], terms) for group in self.decodes])
+
+    def finish(self) -> None:
+        if self.rows is not None and not self.prefills:
+            self.rows.store_at(self.slots)
 
     def _prefill(
         self,

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class AttentionTerms:
+class AttentionTerms(NamedTuple):
     """What a layer asks for beyond q, k and v. `sinks`: a logit for each query head, or None."""
 
     scaling: float
     window: int | None  # keys that a query sees, itself included; None: all
     softcap: float | None
     sinks: Tensor | None
+
+
+def split_joined(joined: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """joined: [tokens, heads + 2 * kv_heads, dim] -> query [heads, tokens, dim], key and value [kv_heads, tokens, dim].
+
+    Views.
+    """
+    by_head = joined.transpose(0, 1)
+    first_value = (len(by_head) + heads) // 2
+    return by_head[:heads], by_head[heads:first_value], by_head[first_value:]
 
 
 def softmax(scores: Tensor, mask: Tensor, softcap: float | None, sinks: Tensor | None) -> Tensor:

@@ -38,31 +38,37 @@ class DecodeGroup:
     lengths: Tensor  # int64[rows]: tokens that each row sees, its own included
     kv: DecodeKV
     masks: dict[tuple[int, int | None, torch.dtype], Tensor] = field(default_factory=dict)
+    fused_masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window, [rows, 1, 1, slots]
 
     def attend(self, layer: int, query: Tensor, terms: AttentionTerms) -> Tensor:
         """query: [heads, tokens of the step, key_dim] -> [rows, heads, value_dim]."""
-        rows = len(self.lengths)
+        rows = self.lengths.shape[0]
         asked = query if rows == query.shape[1] else query[:, self.start : self.start + rows]
         keys, values = self.kv.keys(layer), self.kv.values(layer)
         is_plain = terms.softcap is None and terms.sinks is None and keys.shape[3] == values.shape[3]
         if is_plain and keys.device.type == "cpu":
-            return self._fused(asked, keys, values, terms)
+            return self._fused(asked.transpose(0, 1).unsqueeze(2), keys, values, terms).squeeze(2)
         values = values.transpose(0, 1)  # of a kept row this, and the same of keys, becomes a copy
         mixed = torch.bmm(self._weights(asked, keys, terms), values.flatten(0, 1))
         mixed = mixed.view(values.shape[0], rows, -1, values.shape[3]).transpose(0, 1)
         return mixed.reshape(rows, query.shape[0], values.shape[3])
 
+    def attend_joined(self, layer: int, query: Tensor, terms: AttentionTerms) -> Tensor:
+        """query: [tokens of the step, heads, dim] -> [rows, heads * dim]. On the CPU, without soft cap and sinks."""
+        rows = self.lengths.shape[0]
+        asked = query if rows == query.shape[0] else query[self.start : self.start + rows]
+        return self._fused(asked.unsqueeze(2), self.kv.keys(layer), self.kv.values(layer), terms).reshape(rows, -1)
+
     def _fused(self, asked: Tensor, keys: Tensor, values: Tensor, terms: AttentionTerms) -> Tensor:
+        """asked: [rows, heads, 1, dim] -> the same shape."""
+        mask = self.fused_masks.get(terms.window)
+        if mask is None:
+            mask = self._mask(keys.shape[2], 1, terms.window, asked.dtype)[:, None]
+            self.fused_masks[terms.window] = mask
         # each query head by itself: torch's kernel is slower where the heads of one kv head are queries of one
-        mixed = F.scaled_dot_product_attention(
-            asked.transpose(0, 1)[:, :, None],
-            keys,
-            values,
-            attn_mask=self._mask(keys.shape[2], 1, terms.window, asked.dtype)[:, None],
-            scale=terms.scaling,
-            enable_gqa=asked.shape[0] != keys.shape[1],
+        return F.scaled_dot_product_attention(
+            asked, keys, values, attn_mask=mask, scale=terms.scaling, enable_gqa=asked.shape[1] != keys.shape[1]
         )
-        return mixed[:, :, 0]
 
     def _weights(self, asked: Tensor, keys: Tensor, terms: AttentionTerms) -> Tensor:
         """[kv_heads * rows, heads of one kv head, slots]."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Items
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,16 +42,32 @@ class RowsUpdate:
     fresh: list[tuple[int, Tensor]]  # first block in `kept`, and int64[blocks] in the store
 
     def write(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """key, value: [kv_heads, tokens, dim], those of the rows first. The store has them already."""
-        rows = len(self.slots)
-        keys, values = self.kept.keys[layer], self.kept.values[layer]
+        """key, value: [kv_heads, tokens, dim], those of the rows first."""
+        rows = self.slots.shape[0]
         if self.fresh:
-            self._fill(self.store.keys[layer], keys)
-            self._fill(self.store.values[layer], values)
-        keys.index_copy_(1, self.slots, key[:, :rows])
-        values.index_copy_(1, self.slots, value[:, :rows])
+            self._fill(layer)
+        if key.shape[1] != rows:
+            key, value = key[:, :rows], value[:, :rows]
+        self.kept.keys[layer].index_copy_(1, self.slots, key)
+        self.kept.values[layer].index_copy_(1, self.slots, value)
 
-    def _fill(self, source: Tensor, target: Tensor) -> None:
+    def write_pair(self, layer: int, pair: Tensor) -> None:
+        """pair: [2 * kv_heads, rows, dim], keys first, of a layer whose keys and values are of one dim."""
+        if self.fresh:
+            self._fill(layer)
+        target: Any = self.kept.pairs[layer]
+        target.index_copy_(1, self.slots, pair)
+
+    def store_at(self, slots: Tensor) -> None:
+        """Once all layers are written: put the rows' new tokens where they belong in the store, all layers at once."""
+        for source, target in zip(self.kept.slabs, self.store.slabs, strict=True):
+            target.index_copy_(1, slots, source.index_select(1, self.slots))
+
+    def _fill(self, layer: int) -> None:
+        self._fill_from(self.store.keys[layer], self.kept.keys[layer])
+        self._fill_from(self.store.values[layer], self.kept.values[layer])
+
+    def _fill_from(self, source: Tensor, target: Tensor) -> None:
         by_block = source.view(source.shape[0], self.store.num_blocks, -1)
         kept_by_block = target.view(target.shape[0], self.kept.num_blocks, -1)
         for first_block, block_ids in self.fresh:
@@ -70,15 +87,13 @@ class DecodeRowsStep:
 class _RowsKV:
     """The `DecodeKV` of consecutive rows."""
 
-    by_row: list[tuple[Tensor, Tensor]]  # keys and values of each layer, [rows there are, kv_heads, slots, dim]
-    rows: slice
-    slots: slice
+    by_layer: list[tuple[Tensor, Tensor]]  # keys and values, [rows, kv_heads, slots, dim]
 
     def keys(self, layer: int) -> Tensor:
-        return self.by_row[layer][0][self.rows, :, self.slots]
+        return self.by_layer[layer][0]
 
     def values(self, layer: int) -> Tensor:
-        return self.by_row[layer][1][self.rows, :, self.slots]
+        return self.by_layer[layer][1]
 
 
 class DecodeRows:
@@ -91,7 +106,9 @@ class DecodeRows:
         self._store = store
         self._kept = KVStore(store.layers, num_blocks, store.block_size, store.dtype, store.device, is_lazy=True)
         self._row_blocks = 0
-        self._by_row: list[tuple[Tensor, Tensor]] = []
+        self._by_row: list[tuple[Tensor, Tensor]] = []  # of each layer, [rows there are, kv_heads, slots, dim]
+        self._views: dict[tuple[int, int, int], _RowsKV] = {}  # of the step's groups: first and last row, slots
+        self._last_views: dict[tuple[int, int, int], _RowsKV] = {}  # of the step before
         self._holders: list[_Holder] = []  # by row
 
     def place(self, sequences: Items[Sequence]) -> DecodeRowsStep | None:
@@ -104,6 +121,7 @@ class DecodeRows:
         if longest > self._row_blocks or len(sequences) * self._row_blocks > self._kept.num_blocks:
             spare = self._blocks_for(_SPARE_TOKENS)
             self._resize(min(longest + spare, self._kept.num_blocks // len(sequences)))
+        self._last_views, self._views = self._views, {}
         ordered, fresh = self._assign(sequences)
         self._holders = [_Holder(sequence.block_ids, sequence.num_computed + 1) for sequence in ordered]
         return DecodeRowsStep(ordered, self._groups(ordered), self._update(ordered, fresh))
@@ -159,11 +177,21 @@ class DecodeRows:
     def _group(self, lengths: list[int], start: int, stop: int) -> DecodeGroup:
         own = lengths[start:stop]
         slots = self._blocks_for(max(own)) * self._store.block_size
-        return DecodeGroup(start, self._index(own), _RowsKV(self._by_row, slice(start, stop), slice(slots)))
+        return DecodeGroup(start, self._index(own), self._view(start, stop, slots))
+
+    def _view(self, start: int, stop: int, slots: int) -> _RowsKV:
+        # most steps read what the one before did, and views of all layers take as long as some linears
+        name = (start, stop, slots)
+        view = self._last_views.get(name)
+        if view is None:
+            by_layer = [(keys[start:stop, :, :slots], values[start:stop, :, :slots]) for keys, values in self._by_row]
+            view = _RowsKV(by_layer)
+        self._views[name] = view
+        return view
 
     def _resize(self, row_blocks: int) -> None:
         """Give rows another room; all lose what they hold."""
-        self._row_blocks, self._holders = row_blocks, []
+        self._row_blocks, self._holders, self._views = row_blocks, [], {}
         rows = self._kept.num_blocks // row_blocks
         row_slots = row_blocks * self._store.block_size
 

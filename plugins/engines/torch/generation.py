@@ -100,6 +100,7 @@ class Generation:
     def _run(self, work: list[Scheduled]) -> list[Output]:
         batch = pack(work, self.store, self._scratch, self._decode_rows)
         logits = self._model.forward(batch.input_ids, batch.position_ids, batch.rows_to_keep, batch.paged)
+        batch.paged.finish()
         sampled: list[Sampled] = []
         if batch.sampled:
             sampled = self._sampler.sample(logits, [sequence.sampling for sequence in batch.sampled])

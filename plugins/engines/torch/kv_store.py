@@ -36,9 +36,10 @@ class KVStore:
     """Keys and values of all layers for `num_blocks` blocks, zero at first.
 
     `keys[layer]` is [kv_heads, num_blocks * block_size, key_dim], `values[layer]` likewise: head-major, so that the
-    blocks that a batch gathers are already in the order of a batched matrix product. The tensors live as long as
-    the store; on the CPU all their memory is taken at once, with `is_lazy` as it is first written, a huge page at a
-    time.
+    blocks that a batch gathers are already in the order of a batched matrix product. `pairs[layer]` is both as one view
+    [2 * kv_heads, ...], or None where they differ in dim. `slabs`, [heads, num_blocks * block_size, dim], hold all of
+    them; stores of the same layers have the same heads in each. The tensors live as long as the store; on the CPU all
+    their memory is taken at once, with `is_lazy` as it is first written, a huge page at a time.
 
     A block travels as a row of `row_width` numbers in the order [layer][keys, values][head][token][dim]. Heads of equal
     dim that follow one another in this order lie in one piece of memory, so that a row of nearly all models is a few
@@ -64,16 +65,19 @@ class KVStore:
         self.row_width = block_size * sum(layer.width for layer in self.layers)
         parts = [(layer.kv_heads, dim) for layer in self.layers for dim in (layer.key_dim, layer.value_dim)]
         word = _word(gcd(*(block_size * dim * dtype.itemsize for _, dim in parts)))
-        self._slabs: list[Tensor] = []  # each [heads, num_blocks, words of a block], in the order of a row
+        self.slabs: list[Tensor] = []
+        self._pieces: list[Tensor] = []  # each [heads, num_blocks, words of a block], in the order of a row
         views: list[Tensor] = []
         for dim, run in groupby(parts, key=lambda part: part[1]):
             heads = [kv_heads for kv_heads, _ in run]
             slab = _zeros((sum(heads), num_blocks * block_size, dim), dtype, device, is_lazy)
+            self.slabs.append(slab)
             views += torch.split(slab, heads)
             words = slab.view(slab.shape[0], num_blocks, -1).view(word)
             at_once = _SERIAL_WORDS // words.shape[2] if device.type == "cpu" else words.shape[0]
-            self._slabs += torch.split(words, max(1, at_once))
+            self._pieces += torch.split(words, max(1, at_once))
         self.keys, self.values = views[::2], views[1::2]
+        self.pairs = [_pair(key, value) for key, value in zip(self.keys, self.values, strict=True)]
 
     @staticmethod
     def block_bytes(layers: Sequence[LayerShape], block_size: int, dtype: torch.dtype) -> int:
@@ -114,7 +118,7 @@ class KVStore:
 
     def clear_blocks(self, block_ids: Sequence[int]) -> None:
         """Set blocks to zero. For contents with NaN, which would spread to whoever reads the block's unused slots."""
-        for slab in self._slabs:
+        for slab in self._pieces:
             slab.index_fill_(1, self._index(block_ids), 0)
 
     def _index(self, places: Sequence[int]) -> Tensor:
@@ -129,11 +133,18 @@ class KVStore:
             )
         start = 0
         flat = memory.view(torch.uint8)
-        for slab in self._slabs:
+        for slab in self._pieces:
             heads, _, words = slab.shape
             num_bytes = heads * words * slab.itemsize
             yield flat[:, start : start + num_bytes].view(slab.dtype).view(-1, heads, words), slab
             start += num_bytes
+
+
+def _pair(key: Tensor, value: Tensor) -> Tensor | None:
+    """Keys and values that follow one another in a slab, as one view."""
+    if key.shape[2] != value.shape[2]:
+        return None
+    return key.as_strided((2 * key.shape[0], *key.shape[1:]), key.stride())
 
 
 def _word(num_bytes: int) -> torch.dtype:

@@ -23,7 +23,7 @@ _TRIAL_TOKENS = 6
 _TRIAL_STRIDE = 17  # between the trial's positions, so that rotary embeddings matter
 _TRIAL_SCALE = 0.02  # small beside what a layer adds, so that the residual does not hide a difference
 _FEW_ROWS = 16  # up to so many it is the number of operations that counts
-_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.01}  # relative error of a layer's output
+_TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.04, torch.float16: 0.01}  # relative error of a layer's output
 
 
 def swap_layers(module: nn.Module, packed: bool) -> int:
@@ -40,7 +40,7 @@ def swap_layers(module: nn.Module, packed: bool) -> int:
             continue
         candidate = SwappedLayer(layer, rotary, packed)
         error = _trial_error(layer, candidate, rotary_embedding)
-        if error > _TOLERANCE[_dtype(layer)]:
+        if not error <= tolerance(_dtype(layer)):  # nor where it isn't a number
             _LOG.warning(
                 "layer %d keeps the original %s: its stand-in differs by %.2g", index, type(layer).__name__, error
             )
@@ -48,6 +48,18 @@ def swap_layers(module: nn.Module, packed: bool) -> int:
         layers[index] = candidate
         swapped += 1
     return swapped
+
+
+def relative_error(got: Tensor, wanted: Tensor) -> float:
+    """How far one is from the other, relative to the latter; inf where their shapes differ."""
+    if got.shape != wanted.shape:
+        return float("inf")
+    return float(torch.linalg.vector_norm((got - wanted).float()) / torch.linalg.vector_norm(wanted.float()))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The relative error up to which a stand-in may take the place of the original."""
+    return _TOLERANCES[dtype]
 
 
 class RotaryTables:
@@ -98,28 +110,27 @@ class SwappedLayer(nn.Module):
         **_ignored: Any,
     ) -> Tensor:
         """hidden_states: [1, tokens, hidden] -> the same shape."""
-        x = hidden_states[0]
-        x = self._add_output(self._attend(self._input_norm(x), position_embeddings, paged), x)
-        y = self._mlp_norm(x)
-        return self._add_down(self._multiply_up(y, self._gate(y)), x)[None]
+        return self.run(hidden_states[0], self._tables(position_embeddings), paged)[None]
 
-    def _attend(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], paged: PagedStep) -> Tensor:
-        tokens, heads, both = x.shape[0], self._heads, self._heads + self._kv_heads
-        projected = self._project(x).view(tokens, both + self._kv_heads, self._head_dim)
-        turned = projected[:, :both]
+    def run(self, x: Tensor, tables: RotaryTables, paged: PagedStep) -> Tensor:
+        """x: [tokens, hidden] -> the same shape. Long, since each call in here costs as much as a small operation."""
+        tokens, heads, turned_heads = x.shape[0], self._heads, self._heads + self._kv_heads
+        projected = self._project(self._input_norm(x)).view(tokens, turned_heads + self._kv_heads, self._head_dim)
+        turned = projected[:, :turned_heads]
         if self._query_norm is not None and self._key_norm is not None:
-            turned = torch.cat([self._query_norm(turned[:, :heads]), self._key_norm(turned[:, heads:])], 1)
-        turned = self._rotate(turned, position_embeddings).transpose(0, 1)
-        value = projected[:, both:].transpose(0, 1)
-        mixed = paged.attend(self.layer_idx, turned[:heads], turned[heads:], value, self._terms)
-        return mixed.reshape(tokens, -1)
+            turned[:, :heads] = self._query_norm(turned[:, :heads])
+            turned[:, heads:] = self._key_norm(turned[:, heads:])
+        rolled = turned.roll(self._head_dim // 2, -1)
+        turned.mul_(tables.cos).addcmul_(rolled, tables.signed_sin)
+        x = self._add_output(paged.attend_joined(self.layer_idx, projected, heads, self._terms), x)
+        y = self._mlp_norm(x)
+        return self._add_down(self._multiply_up(y, self._gate(y)), x)
 
-    def _rotate(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    def _tables(self, position_embeddings: tuple[Tensor, Tensor]) -> RotaryTables:
         cos, sin = position_embeddings
         if not self._rotary or not self._rotary[0].is_of(cos):
             self._rotary[:] = [RotaryTables(cos, sin)]
-        tables = self._rotary[0]
-        return torch.addcmul(x * tables.cos, x.roll(self._head_dim // 2, -1), tables.signed_sin)
+        return self._rotary[0]
 
 
 class RMSNorm(nn.Module):
@@ -141,16 +152,13 @@ class RMSNorm(nn.Module):
         if self._single is None:
             return F.rms_norm(x, self._shape, self._weight, self._epsilon)
         if x.dim() == 2 and x.shape[0] <= _FEW_ROWS:
-            return self._of_few(x)
+            # x beside -x has a mean of zero and the variance mean(x²): so torch's one kernel for the other norm will do
+            both = torch.layer_norm(torch.cat((x, -x), 1), self._both_shape, self._both_weights, None, self._epsilon)
+            return torch.narrow_copy(both, 1, 0, self._shape[0])  # in one piece, as linears take it
         numbers = x.float()
         length = torch.linalg.vector_norm(numbers, dim=-1, keepdim=True)
         scale = length.square_().div_(self._shape[0]).add_(self._epsilon).rsqrt_()
         return numbers.mul_(scale).mul_(self._single).to(x.dtype)
-
-    def _of_few(self, x: Tensor) -> Tensor:
-        # x beside -x has a mean of zero and the variance mean(x²): so torch's one kernel for the other norm will do
-        both = torch.layer_norm(torch.cat((x, -x), 1), self._both_shape, self._both_weights, None, self._epsilon)
-        return both[:, : self._shape[0]]
 
 
 def _fused(linears: list[Any], packed: bool) -> Linear:
@@ -200,7 +208,4 @@ def _trial_error(layer: nn.Module, candidate: SwappedLayer, rotary_embedding: An
     wanted = layer(x, position_embeddings=embeddings, position_ids=positions, use_cache=False, paged=original_calls)
     got = candidate(x, position_embeddings=embeddings, paged=own_calls)
     # the trial is shorter than any window, so a wrong one would not show in the numbers
-    if original_calls.terms != own_calls.terms or got.shape != wanted.shape:
-        return float("inf")
-    distance = torch.linalg.vector_norm((got - wanted).float()) / torch.linalg.vector_norm(wanted.float())
-    return float(distance)
+    return float("inf") if original_calls.terms != own_calls.terms else relative_error(got, wanted)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trtserve.plugins.engines.torch.attention_terms import AttentionTerms
+from trtserve.plugins.engines.torch.attention_terms import AttentionTerms, split_joined
 from trtserve.plugins.engines.torch.kv_store import LayerShape
 
 _KNOWN_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
@@ -85,6 +85,9 @@ class AttentionProbe:
             query[None], key[None], value[None], attn_mask=visible, scale=terms.scaling, enable_gqa=True
         )
         return mixed[0].transpose(0, 1)
+
+    def attend_joined(self, layer: int, joined: Tensor, heads: int, terms: AttentionTerms) -> Tensor:
+        return self.attend(layer, *split_joined(joined, heads), terms).flatten(1)
 
     def layer_shapes(self) -> tuple[LayerShape, ...]:
         """The shapes in layer order; refuses unless the layers 0 .. n - 1 called attention exactly once each."""

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from trtserve.plugins.engines.torch.attention import ATTENTION_NAME, PagedStep, paged_attention
 from trtserve.plugins.engines.torch.kv_store import LayerShape
 from trtserve.plugins.engines.torch.layer_swap import swap_layers
+from trtserve.plugins.engines.torch.lean_forward import LeanForward, lean_forward
 from trtserve.plugins.engines.torch.load_checks import AttentionProbe, ModelRefused, check_class, check_config
 from trtserve.plugins.engines.torch.options import TorchOptions
 from trtserve.plugins.engines.torch.packed_linear import pack_linears, packing_works
@@ -37,12 +38,15 @@ class Model:
     max_position_embeddings: int
     dtype: torch.dtype
     device: torch.device
+    lean: LeanForward | None = None  # does what `module` does
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, rows_to_keep: Tensor, paged: PagedStep) -> Tensor:
         """input_ids, position_ids: int64[1, tokens]; rows_to_keep: int64[rows] -> logits [rows, vocab_size].
 
         Call it under `torch.inference_mode`.
         """
+        if self.lean is not None:
+            return self.lean(input_ids, position_ids, rows_to_keep, paged)
         return _forward(self.module, input_ids, position_ids, rows_to_keep, paged)
 
 
@@ -105,7 +109,8 @@ def prepare_model(module: nn.Module, dtype: torch.dtype, device: torch.device, o
         )
     limit = getattr(text_config, "max_position_embeddings", None)
     vocab_size = min(logits.shape[-1], embeddings.num_embeddings)
-    return Model(module, layers, vocab_size, limit or 2**31, dtype, device)
+    lean = lean_forward(module, device) if options.layer_swap else None
+    return Model(module, layers, vocab_size, limit or 2**31, dtype, device, lean)
 
 
 def _forward(module: nn.Module, ids: Tensor, positions: Tensor, rows: Tensor, paged: PagedStep) -> Tensor:

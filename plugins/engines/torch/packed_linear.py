@@ -30,34 +30,30 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self._packed:
-            return self._product(x, "none")
+            product: Tensor = self._pointwise(x, self._weight, self._bias, "none", [], "")
+            return product
         return F.linear(x, self._weight, self._bias)
 
     def silu(self, x: Tensor) -> Tensor:
         """silu of the product; a packed linear takes it before it rounds."""
         if self._packed:
-            return self._product(x, "swish")
+            activated: Tensor = self._pointwise(x, self._weight, self._bias, "swish", [], "")
+            return activated
         return F.silu(self.forward(x))
 
     def times(self, x: Tensor, factor: Tensor) -> Tensor:
         """The product, times `factor` of its shape; a packed linear multiplies before it rounds."""
         if self._packed:
-            return self._product_with(x, "mul", factor)
+            result: Tensor = self._pointwise_with(x, factor, self._weight, self._bias, "mul")
+            return result
         return self.forward(x) * factor
 
     def plus(self, x: Tensor, term: Tensor) -> Tensor:
         """The product, plus `term` of its shape; a packed linear adds before it rounds."""
         if self._packed:
-            return self._product_with(x, "add", term)
+            result: Tensor = self._pointwise_with(x, term, self._weight, self._bias, "add")
+            return result
         return self.forward(x) + term
-
-    def _product(self, x: Tensor, activation: str) -> Tensor:
-        product: Tensor = self._pointwise(x, self._weight, self._bias, activation, [], "")
-        return product
-
-    def _product_with(self, x: Tensor, operation: str, other: Tensor) -> Tensor:
-        result: Tensor = self._pointwise_with(x, other, self._weight, self._bias, operation)
-        return result
 
 
 def packing_works(dtype: torch.dtype, device: torch.device) -> bool:

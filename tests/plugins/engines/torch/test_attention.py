@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtserve.plugins.engines.torch.attention import paged_attention
+from trtserve.plugins.engines.torch.attention_terms import AttentionTerms
 from trtserve.plugins.engines.torch.batch import Scheduled, pack
 from trtserve.plugins.engines.torch.decode_rows import DecodeRows
 from trtserve.plugins.engines.torch.kv_store import KVStore, LayerShape
@@ -58,10 +59,11 @@ def run(
     scratch=None,
     consecutive=False,
     kept=False,
+    joined=False,
     **terms,
 ):
     """Attend the last tokens of each (total, done) sequence; returns (got, wanted), packed alike. `kept`: decodes in
-    rows of their own."""
+    rows of their own. `joined`: as swapped layers do it."""
     generator = torch.Generator().manual_seed(sum(total for total, _ in works))
 
     def noise(*shape):
@@ -92,8 +94,13 @@ def run(
     assert kept == (batch.paged.rows is not None) or all(total - done > 1 for total, done in works)
     order = batch.sampled
     q, k, v = (torch.cat([part[sequence] for sequence in order], 1)[None].to(dtype) for part in (queries, keys, values))
-    got, weights = paged_attention(LAYER, q, k, v, None, paged=batch.paged, dropout=0.0, **terms)
-    assert weights is None
+    if joined:
+        asked = AttentionTerms(terms.get("scaling", key_dim**-0.5), terms.get("sliding_window"), None, None)
+        together = torch.cat([q, k, v], 1)[0].transpose(0, 1).contiguous()
+        got = batch.paged.attend_joined(0, together, heads, asked).view(1, -1, heads, value_dim)
+    else:
+        got, weights = paged_attention(LAYER, q, k, v, None, paged=batch.paged, dropout=0.0, **terms)
+        assert weights is None
     return got[0].double(), torch.cat([wanted[sequence] for sequence in order])
 
 
@@ -119,6 +126,14 @@ TERMS = {
 def test_ragged_batch_equals_dense_attention(name, key_dim, value_dim, kept):
     got, wanted = run(RAGGED, 2, 2, key_dim, value_dim, kept=kept, **TERMS[name])
     # sinks go through a softmax in single precision
+    assert torch.allclose(got, wanted, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["plain", "scaled", "window"])
+@pytest.mark.parametrize("works", [RAGGED, [(40, 39), (9, 8)], [(400, 399), (1, 0), (9, 8), (10, 9)]])
+@pytest.mark.parametrize("kept", [True, False])
+def test_joined_queries_keys_and_values_give_the_same(name, works, kept):
+    got, wanted = run(works, 2, 2, 8, 8, kept=kept, joined=True, **TERMS[name])
     assert torch.allclose(got, wanted, atol=1e-6, rtol=1e-5)
 
 

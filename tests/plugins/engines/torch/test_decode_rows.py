@@ -57,7 +57,12 @@ class Machine:
         for layer, shape in enumerate(LAYERS):
             query = torch.randn(HEADS, num_tokens, shape.key_dim)
             key, value = (torch.randn(shape.kv_heads, num_tokens, dim) for dim in (shape.key_dim, shape.value_dim))
-            assert batch.paged.attend(layer, query, key, value, TERMS).isfinite().all()
+            if shape.key_dim == shape.value_dim and self.paths.total() % 2:
+                joined = torch.cat([query, key, value]).transpose(0, 1)
+                assert batch.paged.attend_joined(layer, joined, HEADS, TERMS).isfinite().all()
+            else:
+                assert batch.paged.attend(layer, query, key, value, TERMS).isfinite().all()
+        batch.paged.finish()
         self.check(batch, [item.sequence for item in work if item.count == 1])
         self.scheduler.complete(work)
         for sequence in batch.sampled:

@@ -10,7 +10,7 @@ import torch
 from trtserve.plugins.engines.torch.likeliest import likeliest, most_likely
 
 
-@pytest.mark.parametrize("columns", [1, 7, 64, 65, 1000, 6400])
+@pytest.mark.parametrize("columns", [1, 7, 64, 65, 1000, 6400, 8192])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_largest_is_that_of_argmax(columns, dtype):
     rows = torch.randn(5, columns, generator=torch.Generator().manual_seed(columns)).to(dtype)

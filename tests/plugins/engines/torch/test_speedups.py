@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 from trtserve.plugins.engines.torch.layer_swap import RMSNorm, SwappedLayer, swap_layers
+from trtserve.plugins.engines.torch.load_checks import AttentionProbe
 from trtserve.plugins.engines.torch.model import prepare_model
 from trtserve.plugins.engines.torch.options import TorchOptions
 from trtserve.plugins.engines.torch.packed_linear import Linear, pack_linears, packing_works
@@ -31,18 +33,54 @@ def test_llama_shaped_layers_are_swapped(config_class, dtype, tiny_module):
     module = tiny_module(config_class, **SWAPPED[config_class]).to(dtype)
     model = prepare_model(module, dtype, CPU, TorchOptions())
     assert all(isinstance(layer, SwappedLayer) for layer in model.module.model.layers)
+    assert model.lean is not None
 
 
 @pytest.mark.parametrize("config_class", ["Gemma2Config", "Qwen3MoeConfig"])
 def test_other_layers_stay(config_class, tiny_module):
     model = prepare_model(tiny_module(config_class), torch.float32, CPU, TorchOptions())
     assert not any(isinstance(layer, SwappedLayer) for layer in model.module.model.layers)
+    assert model.lean is None
+
+
+@pytest.mark.parametrize("config_class", SWAPPED)
+def test_the_lean_forward_pass_gives_what_the_models_own_gives(config_class, tiny_module):
+    model = prepare_model(tiny_module(config_class, **SWAPPED[config_class]), torch.float32, CPU, TorchOptions())
+    ids, positions, rows = torch.tensor([[5, 9, 2, 7]]), torch.tensor([[0, 1, 2, 3]]), torch.tensor([3, 1])
+    with torch.inference_mode():
+        own, lean = (
+            forward.forward(ids, positions, rows, AttentionProbe()) for forward in (replace(model, lean=None), model)
+        )
+    assert torch.allclose(lean, own, atol=1e-5, rtol=1e-5)
+
+
+def test_a_forward_pass_that_does_more_stays(tiny_module, caplog):
+    module = tiny_module("LlamaConfig")
+    own = type(module).forward
+
+    def scaled(*arguments, **rest):
+        output = own(module, *arguments, **rest)
+        output.logits = output.logits * 0.9
+        return output
+
+    module.forward = scaled
+    model = prepare_model(module, torch.float32, CPU, TorchOptions())
+    assert model.lean is None
+    assert "the forward pass of LlamaForCausalLM stays" in caplog.text
+
+
+def test_one_layer_that_stays_keeps_the_forward_pass(tiny_module):
+    module = tiny_module("LlamaConfig")
+    module.model.layers[2].mlp.config = copy.copy(module.config)
+    module.model.layers[2].mlp.config.hidden_act = "gelu"
+    assert prepare_model(module, torch.float32, CPU, TorchOptions()).lean is None
 
 
 def test_options_turn_both_off(tiny_module):
     options = TorchOptions(layer_swap=False, packed_linears=False)
     model = prepare_model(tiny_module("LlamaConfig").bfloat16(), torch.bfloat16, CPU, options)
     assert not any(isinstance(part, (SwappedLayer, Linear)) for part in model.module.modules())
+    assert model.lean is None
 
 
 def test_a_layer_with_another_activation_stays(tiny_module):

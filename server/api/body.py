@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
-from trtserve.server.api.stream import Receive, Scope, Send, find_path
+from trtserve.server.api.asgi import Receive, Scope, Send
+from trtserve.server.api.hypercorn_path import find_path
 from trtserve.server.errors import BodyTooLarge, RequestCancelled
 
 _DRAIN_FACTOR = 8

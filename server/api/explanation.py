@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from trtserve.plugins.api import RequestId
-from trtserve.server.api.stream import Headers, Scope
+from trtserve.server.api.asgi import Headers, Scope
 from trtserve.server.cluster import ServerCluster
 from trtserve.server.router.core import Booking
 

@@ -13,13 +13,15 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
 from trtserve.plugins.api import Request, TokenIds
+from trtserve.server.api.asgi import Headers, Receive, Scope, Send
 from trtserve.server.api.body import ClientGone, answer, cut_off, discard_body, read_body
 from trtserve.server.api.choice import Choice, Emit
 from trtserve.server.api.explanation import Explanation, is_wanted
+from trtserve.server.api.hypercorn_path import find_path
 from trtserve.server.api.parameters import GenerationParams, ignored_header, max_tokens_for, to_sampling_params
 from trtserve.server.api.rendering import DONE, ChunkRenderer, Envelope, Shape, StreamEmitter, Usage, WholeAnswer
 from trtserve.server.api.serving import Serving, request_id_of
-from trtserve.server.api.stream import DisconnectWatch, EventStream, Headers, Receive, Scope, Send, open_stream
+from trtserve.server.api.stream import DisconnectWatch, EventStream, open_stream
 from trtserve.server.errors import Internal, Overloaded, ServeError, body
 from trtserve.server.instruments import Counter
 from trtserve.server.requests import LiveRequest
@@ -350,7 +352,11 @@ def _as_event(stream: EventStream, error: BaseException) -> tuple[int, list[byte
 async def _answer_whole(send: Send, content: bytes, headers: Headers, live: LiveRequest) -> None:
     """A large answer waits here for a client that does not read. Cancelled then, it can no longer become an error."""
     try:
-        await answer(send, 200, content, headers=headers)
+        path = find_path(send)
+        if path is not None:
+            await path.whole([(b"content-type", b"application/json"), *headers], content)
+        else:
+            await answer(send, 200, content, headers=headers)
     except asyncio.CancelledError:
         reason = _reason_of(live)
         cut_off(send)

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from trtserve.server.api.asgi import Receive, Scope, Send
 from trtserve.server.api.body import discard_body
 from trtserve.server.api.chat import prepare_chat
 from trtserve.server.api.completions import prepare_completion
@@ -19,7 +20,6 @@ from trtserve.server.api.generation import GenerationEndpoint, answer_error
 from trtserve.server.api.inspection import Inspection, json_response
 from trtserve.server.api.openapi import openapi_document
 from trtserve.server.api.serving import Serving, request_id_of
-from trtserve.server.api.stream import Receive, Scope, Send
 from trtserve.server.api.tokenization import Tokenization
 from trtserve.server.api.workers import Workers
 from trtserve.server.errors import Internal, MethodNotAllowed, NotFound, ServeError, body

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from trtserve.plugins.api import Mode
+from trtserve.server.api.asgi import Scope
 from trtserve.server.api.choice import Flusher
 from trtserve.server.api.parameters import SamplingDefaults
 from trtserve.server.api.schema import RequestRules
 from trtserve.server.api.schema_messages import Message
-from trtserve.server.api.stream import Scope
 from trtserve.server.cluster import ServerCluster
 from trtserve.server.errors import AuthenticationFailed
 from trtserve.server.metrics import Metrics

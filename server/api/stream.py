@@ -1,11 +1,8 @@
 """How the events of one answer reach the socket, and how a client that leaves is noticed.
 
-Under hypercorn's HTTP/1.1 the transport is there, behind ASGI's `send`: `HTTPStream` → `Http1Protocol` → `TCPServer`.
-`DirectStream` writes heads that h11 has rendered, and each event as one chunk of the chunked transfer coding, straight
-to that transport, without a task, a lock or an event object per token. The protocol is told of the beginning and the
-end of an answer; h11's chunked writer keeps no state between data events, so they never disagree. Wherever that path is
-not found (HTTP/1.0, HTTP/2, another ASGI server, a test client) `AsgiStream` does the same with plain ASGI. Knows the
-insides of hypercorn 0.18 and h11 0.16.
+`DirectStream` writes each event as one chunk of the chunked transfer coding straight to the connection's transport,
+without a task, a lock or an event object per token. Wherever there is no `HypercornPath` to it (HTTP/1.0, HTTP/2,
+another ASGI server, a test client) `AsgiStream` does the same with plain ASGI.
 
 A client that reads too slowly fills the transport's buffer; past `max_buffered_bytes` its request is given up.
 """
@@ -13,33 +10,16 @@ A client that reads too slowly fills the transport's buffer; past `max_buffered_
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeAlias
 
-import h11
-from hypercorn.asyncio.tcp_server import TCPServer
-from hypercorn.protocol.events import StreamClosed
-from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
+from hypercorn.protocol.http_stream import HTTPStream
 
-from trtserve.server.http1 import Http1Protocol
-
-_PER_REQUEST = (b"x-request-id", b"x-trtserve-ignored-params", b"x-trtserve-explain")
-"""Headers whose values differ from answer to answer. We make them ourselves, of characters that a header may have."""
-
-_CHUNKED = b"Transfer-Encoding: chunked"
-"""What h11 puts behind our headers."""
-
-_CHUNKED_HEADER = (b"transfer-encoding", b"chunked")
+from trtserve.server.api.asgi import Headers, Message, Receive, Send
+from trtserve.server.api.hypercorn_path import HypercornPath, find_path
 
 _LAST_CHUNK = b"0\r\n\r\n"
 
-_MOST_HEADS = 64
-
-Message: TypeAlias = dict[str, Any]
-Scope: TypeAlias = dict[str, Any]
-Receive: TypeAlias = Callable[[], Awaitable[Message]]
-Send: TypeAlias = Callable[[Message], Awaitable[None]]
-Headers: TypeAlias = list[tuple[bytes, bytes]]
 LateHeaders: TypeAlias = Callable[[], Headers]
 """Asked once, when the head is written: headers that are not known before the first piece of the body."""
 
@@ -205,88 +185,6 @@ class DirectStream:
             except RuntimeError:
                 self._lost()
             await self._path.close()
-
-
-class HypercornPath(NamedTuple):
-    """The objects between ASGI's `send` and the socket."""
-
-    stream: HTTPStream
-    protocol: Http1Protocol
-    transport: asyncio.WriteTransport
-
-    def begin(self, headers: Headers, body: bytes) -> None:
-        """Write the response's head and the first bytes of its body; h11 and hypercorn move on as if ASGI had started
-        the response. Raises RuntimeError, having moved on, where uvloop closed the transport."""
-        self.stream.response = {"type": "http.response.start", "status": 200, "headers": headers}
-        self.stream.state = ASGIHTTPState.RESPONSE
-        shared = tuple(header for header in headers if header[0] not in _PER_REQUEST)
-        known = _heads.get(shared) if self._keeps_open() else None
-        if known is None:
-            self.transport.write(_with_own(self._render(shared), headers) + body)
-            return
-        try:
-            self.transport.write(_with_own(known.rendered, headers) + body)
-        finally:
-            self.protocol.responded(known.response)  # the client does not wait for that
-
-    def _keeps_open(self) -> bool:
-        """If not, h11 answers with a connection header of its own."""
-        headers = self.stream.scope["headers"]
-        return self.protocol.keeps_open or all(
-            name != b"connection" or value.lower() == b"keep-alive" for name, value in headers
-        )
-
-    def _render(self, shared: _Shared) -> bytes:
-        """By h11, which moves on; to be known next time where the connection stays open."""
-        response = h11.Response(
-            status_code=200, headers=[*shared, *self.protocol.config.response_headers("h11"), _CHUNKED_HEADER]
-        )
-        rendered = self.protocol.render(response)
-        if b"\r\nConnection:" not in rendered and len(_heads) < _MOST_HEADS:
-            _heads[shared] = _Head(response, rendered)
-        return rendered
-
-    async def close(self) -> None:
-        """As hypercorn does after a complete answer: the connection is ready for the next request, or closes."""
-        self.protocol.answered()
-        self.stream.state = ASGIHTTPState.CLOSED
-        await self.stream.send(StreamClosed(stream_id=self.stream.stream_id))
-
-
-_Shared: TypeAlias = tuple[tuple[bytes, bytes], ...]
-
-
-class _Head(NamedTuple):
-    """Of answers on connections that stay open."""
-
-    response: h11.Response
-    rendered: bytes  # by h11
-
-
-_heads: dict[_Shared, _Head] = {}
-"""By the headers that answers share. h11 checks each header by regular expression: most of the time of a head."""
-
-
-def _with_own(rendered: bytes, headers: Headers) -> bytes:
-    own = b"".join([b"%b: %b\r\n" % header for header in headers if header[0] in _PER_REQUEST])
-    place = rendered.index(_CHUNKED)
-    return rendered[:place] + own + rendered[place:]
-
-
-def find_path(send: Send) -> HypercornPath | None:
-    """The way to the transport, or None where this is not hypercorn 0.18 speaking HTTP/1.1 with chunked bodies."""
-    stream = getattr(send, "__self__", None)
-    if type(stream) is not HTTPStream:
-        return None
-    protocol = getattr(stream.send, "__self__", None)
-    if type(protocol) is not Http1Protocol or type(protocol.connection) is not h11.Connection:
-        return None
-    if not protocol.is_http11 or stream.scope["method"] == "HEAD":
-        return None
-    server = getattr(protocol.send, "__self__", None)
-    if type(server) is not TCPServer:
-        return None
-    return HypercornPath(stream, protocol, server.writer.transport)
 
 
 class AsgiStream:

@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trtserve.server.api.asgi import Receive, Scope, Send
 from trtserve.server.api.body import read_body
-from trtserve.server.api.stream import AsgiStream, DirectStream, Receive, Scope, Send, open_stream
+from trtserve.server.api.stream import AsgiStream, DirectStream, open_stream
 from trtserve.server.http import bind, serve_http
 from trtserve.settings.schema import Settings
 

@@ -140,7 +140,8 @@ def test_what_is_no_request_gets_a_4xx_and_hurts_nobody(server, connection, requ
 
 def test_plain_asgi_is_another_way_to_the_same_application():
     """A server that is not hypercorn has no path to its transport."""
-    from trtserve.server.api.stream import AsgiStream, find_path, open_stream
+    from trtserve.server.api.hypercorn_path import find_path
+    from trtserve.server.api.stream import AsgiStream, open_stream
 
     async def send(message: dict) -> None:
         raise AssertionError("nothing is sent before the first write")

@@ -12,6 +12,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from trtserve.server import http, http1
+from trtserve.server.api.body import answer
+from trtserve.server.api.hypercorn_path import find_path
 from trtserve.server.api.stream import AsgiStream, open_stream
 from trtserve.server.http1 import Http1Protocol
 from trtserve.server.request_heads import RequestHeads
@@ -36,7 +38,7 @@ WRONG = [
     "POST /{kind} HTTP/1.1\r\nHost: x\r\nContent-Length: +{size}\r\n",
     "POST /{kind} HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: gzip\r\nContent-Length: {size}\r\n",
 ]
-GOOD, BAD = ["direct", "asgi"], ["nothing", "broken"]  # after a bad answer the connection is closed
+GOOD, BAD = ["direct", "asgi", "whole"], ["nothing", "broken"]  # after a bad answer the connection is closed
 
 
 def request(head, kind, body):
@@ -69,6 +71,12 @@ class App:
         if kind == "asgi" or kind == "early":
             await send({"type": "http.response.start", "status": 201, "headers": [(b"content-length", b"2")]})
             await send({"type": "http.response.body", "body": b"ok"})
+        elif kind == "whole":
+            path, headers = find_path(send), [(b"content-type", b"a/b"), (b"x-request-id", b"1")]
+            if path is not None:
+                await path.whole(headers, b"ok" * len(body))
+            else:
+                await answer(send, 200, b"ok" * len(body), b"a/b", headers[1:])
         elif kind == "direct" or kind == "broken":
             async with open_stream(send, [(b"x-request-id", b"1"), (b"a", b"b")], lambda: None, 1 << 30) as stream:
                 stream.write(b"first")
@@ -178,6 +186,7 @@ def served():
 @given(scripts())
 @example([request(PLAIN, "direct", b"one"), request(PLAIN, "direct", b"fours"), BYE])
 @example([request(PLAIN, "direct", b"one") + request(PLAIN, "asgi", b"two"), BYE])
+@example([request(PLAIN, "whole", b"one"), request(PLAIN, "whole", b"") + request(PLAIN, "whole", b"two"), BYE])
 @example([request(PLAIN, "asgi", b"1"), request(PLAIN, "asgi", b"2"), request(PLAIN, "asgi", b"3")[:-1], b"3", BYE])
 @example([request(PLAIN, "broken", b"1"), request(PLAIN, "broken", b"1")])
 @example([request(PLAIN, "nothing", b"1"), BYE])
@@ -211,19 +220,19 @@ def told_h11(monkeypatch):
     return told
 
 
-@pytest.mark.parametrize("kind", ["direct", "asgi"])
+@pytest.mark.parametrize("kind", ["direct", "whole", "asgi"])
 async def test_h11_reads_a_head_once(kind, told_h11):
     app = App()
     async with serving(app) as connecting:
         reader, writer = await connecting()
         for body in (b"first", b"second one", b"third"):
             writer.write(request(PLAIN, kind, body))
-            end = b"0\r\n\r\n" if kind == "direct" else b"ok"
+            end = b"0\r\n\r\n" if kind == "direct" else b"ok" * (len(body) if kind == "whole" else 1)
             assert (await reader.readuntil(end)).startswith(b"HTTP/1.1 20")
     assert [body for _, body in app.asked] == [b"first", b"second one", b"third"]
     later = [data for data in told_h11[1:] if data]
     # An answer by plain ASGI is h11's to write, so it hears of the request then; the body is nothing to it.
-    assert later == ([] if kind == "direct" else [request(PLAIN, kind, bytes(10)), request(PLAIN, kind, bytes(5))])
+    assert later == ([] if kind != "asgi" else [request(PLAIN, kind, bytes(10)), request(PLAIN, kind, bytes(5))])
 
 
 async def test_what_comes_during_an_answer_is_the_next_request(told_h11):

@@ -48,8 +48,8 @@ async def serving(answer):
             await server
 
 
-def get(version=b"1.1", method=b"GET"):
-    return method + b" / HTTP/" + version + b"\r\nhost: x\r\n\r\n"
+def get(version=b"1.1", method=b"GET", more=b""):
+    return method + b" / HTTP/" + version + b"\r\nhost: x\r\n" + more + b"\r\n"
 
 
 async def response(reader):

@@ -7,6 +7,7 @@ import pytest
 import uvloop
 
 from tests.server.api.connections import BIG, HEADERS, SEE_ALL, direct, get, no_one, plain, response, serving
+from trtserve.server.api.hypercorn_path import find_path
 from trtserve.server.api.stream import AsgiStream, open_stream
 
 
@@ -180,6 +181,35 @@ async def test_a_client_that_does_not_read_is_given_up_once():
         with pytest.raises((ConnectionError, asyncio.IncompleteReadError)):
             await response(reader)
     assert calls == [True]
+
+
+async def test_a_whole_answer_waits_until_its_client_has_read_enough_of_it():
+    content, written, ended = b"0123456789" * 4_000_000, asyncio.Event(), asyncio.Event()
+
+    async def answer(scope, receive, send):
+        path = find_path(send)
+        asyncio.get_running_loop().call_soon(written.set)
+        await path.whole(HEADERS, content)
+        ended.set()
+
+    async with serving(answer) as connect, asyncio.timeout(20):
+        reader, writer = await connect()
+        for _ in range(2):  # the head is h11's, then known
+            writer.transport.pause_reading()
+            writer.write(get(method=b"POST", more=b"content-length: 0\r\n"))
+            await written.wait()
+            assert not ended.is_set()
+            writer.transport.resume_reading()
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert sorted(head.split(b"\r\n")[1:-2]) == [
+                b"content-length: 40000000",
+                b"content-type: text/event-stream",
+                b"x-request-id: 7",
+            ]
+            assert await reader.readexactly(len(content)) == content
+            await ended.wait()
+            written.clear()
+            ended.clear()
 
 
 @pytest.mark.parametrize("is_known", [False, True])

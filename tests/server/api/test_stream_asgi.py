@@ -3,7 +3,8 @@
 import asyncio
 
 from tests.server.api.connections import BIG, HEADERS, Recorder, direct, get, no_one, response, serving
-from trtserve.server.api.stream import DisconnectWatch, find_path, open_stream
+from trtserve.server.api.hypercorn_path import find_path
+from trtserve.server.api.stream import DisconnectWatch, open_stream
 
 
 async def test_plain_asgi_gets_a_start_a_body_and_an_end():

@@ -100,9 +100,8 @@ class Traffic:
             return
         self._reuse.add(num_hit_blocks / count, count)
         used, ages, total_s = self._last_use_s, 0, 0.0
-        for place, block in enumerate(hashes):
-            if block & _SAMPLE_MASK:
-                continue
+        for place in [place for place, block in enumerate(hashes) if not block & _SAMPLE_MASK]:
+            block = hashes[place]
             last_s = used.get(block)
             if last_s is None:
                 used[block] = now_s

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from trtserve.plugins.api import RequestId, Role, WorkerId
 from trtserve.plugins.policies.kv.cost import PassCosts, PlannedPrompt, PlannedWorker, Weights
 from trtserve.plugins.policies.kv.options import KVOptions
-from trtserve.plugins.routing_api import LONG_AGO_S, Assignment, HeldRequest, Plan, RoutingState
+from trtserve.plugins.routing_api import LONG_AGO_S, Assignment, HeldRequest, Plan, RoutingState, WorkerView
 
 _AT_LATEST_S = 0.05
 """Ask again after this where no pass is known whose end could be waited for. Sequences and KV space that become free
@@ -86,6 +86,8 @@ class KVPolicy:
         self._waits_for: dict[Role, tuple[RequestId, WorkerId]] = {}
 
     def assign(self, held: Sequence[HeldRequest], state: RoutingState) -> Plan:
+        if len(held) == 1 == len(state.workers) and (alone := self._alone(held, state.workers[0])) is not None:
+            return Plan((alone,))
         workers = self._workers(state)
         if not self._holds:
             window = self._window(len(workers))
@@ -104,6 +106,24 @@ class KVPolicy:
         if len(sent) == len(held):
             return Plan(sent)
         return Plan(sent, self._again_at_s(workers, state.now_s, [one for one in due_s if one is not None]))
+
+    def _alone(self, held: Sequence[HeldRequest], worker: WorkerView) -> Assignment | None:
+        """For the only request where the only worker has nothing to do: no other place to weigh, nobody to hold it back
+        for but those of its moment. Its cost is its prefill then. None where all has to be weighed after all."""
+        if worker.booked_requests or worker.is_prefilling or worker.free_slots <= 0:
+            return None
+        (waiting,) = held
+        length, size = len(waiting.request.prompt), worker.info.block_size
+        if length > worker.info.max_num_tokens:
+            return None
+        computable = (length - 1) // size
+        reused = computable if waiting.moves_kv else min(waiting.overlaps().get(worker.slot, 0), computable)
+        prefill_ms = worker.pass_times.prefill_ms(length - reused * size)
+        if self._holds:
+            self._arrivals.see(held)
+            if self._arrivals.are_close and self._options.gather_share * prefill_ms >= _LEAST_PATIENCE_MS:
+                return None
+        return Assignment(waiting.request.id, worker.worker_id, prefill_ms)
 
     def _workers(self, state: RoutingState) -> list[PlannedWorker]:
         weights = Weights.of(self._options, state.estimates)

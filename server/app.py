@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
 import os
 import secrets
@@ -30,7 +29,7 @@ from trtserve.server.deployment import Plan, WorkerCommands
 from trtserve.server.errors import Overloaded
 from trtserve.server.exit_codes import ExitCode
 from trtserve.server.http import AddressError, serve_http
-from trtserve.server.memory import return_free_memory
+from trtserve.server.memory import settle
 from trtserve.server.metrics import Metrics
 from trtserve.server.model.errors import ModelError
 from trtserve.server.model.folder import ModelFolder
@@ -56,9 +55,6 @@ from trtserve.settings.schema import Settings
 logger = logging.getLogger(__name__)
 
 _LAST_ANSWERS_S = 2.0
-
-_GC_THRESHOLDS = (10_000, 20, 50)
-"""Requests make few cycles; the defaults look for them at every 700 new objects."""
 
 
 class Server:
@@ -248,11 +244,7 @@ class Server:
     async def _announce(self) -> None:
         """Wait for the first readiness and say so."""
         await self._cluster.ready(set(self._plan.mode.roles))
-        # What was made so far lives as long as the process: no collection need look at it.
-        gc.collect()
-        return_free_memory()
-        gc.freeze()
-        gc.set_threshold(*_GC_THRESHOLDS)
+        settle()
         print(self._banner(), flush=True)
 
     def _url(self) -> str:

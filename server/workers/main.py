@@ -11,6 +11,7 @@ from pathlib import Path
 from trtserve.plugins.api import Engine, Role, WorkerId
 from trtserve.plugins.fingerprint import model_fingerprint, tokenizer_fingerprint
 from trtserve.plugins.manager import PluginManager
+from trtserve.server.memory import settle
 from trtserve.server.workers import wire
 from trtserve.server.workers.engine_config import engine_config, take_environment, with_engine_defaults
 from trtserve.server.workers.kv_setup import exchange_options
@@ -36,7 +37,7 @@ def run_worker(settings: WorkerSettings) -> int:
 
     identity = _identity(settings, model_path)
     kv = exchange_options(settings, identity.hello, manager)
-    worker = Worker(identity, make_engine, settings.warm_up_timeout, kv)
+    worker = Worker(identity, make_engine, settings.warm_up_timeout, kv, settle)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: worker.stop())
     return worker.run()

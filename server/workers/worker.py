@@ -57,6 +57,7 @@ class Worker:
 
     `make_engine` is called after the server said welcome. warm_up_s: how long after its first token the engine may go
     on with the warm-up's probes (`warm_up.WarmUp`). kv: how it takes part in the KV hand-over; None if it does not.
+    `settle` is called when all is loaded, before the server hears that the worker is ready.
     """
 
     def __init__(
@@ -65,10 +66,12 @@ class Worker:
         make_engine: Callable[[], Engine],
         warm_up_s: float = 10.0,
         kv: ExchangeOptions | None = None,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self._identity = identity
         self._make_engine = make_engine
         self._warm_up_s = warm_up_s
+        self._settle = settle
         self._outbox = Outbox()
         self._watch = WarmUpWatch()
         # Nothing of the hand-over waits for room: it answers the server, which gets no answers while it does not read.
@@ -201,6 +204,7 @@ class Worker:
             self._sink.progress("warming up")
             WarmUp(engine, info, self._watch, self._warm_up_s).run()
             port = self._kv.start(engine, info)
+            self._settle()
         except BaseException as error:
             if self._exit_code is None:  # else the engine was closed under the warm-up, on purpose
                 self._sink.fail(error)

@@ -35,3 +35,15 @@ def mapped_pieces(argument):
 def test_a_large_table_stays_a_piece_of_its_own_after_a_larger_one_was_freed():
     assert mapped_pieces("small") == 1
     assert mapped_pieces("as ever") == 0
+
+
+def test_what_is_there_when_a_process_has_settled_is_not_looked_at_again():
+    program = """
+import gc
+from trtserve.server.memory import settle
+made = [[number] for number in range(10_000)]
+settle()
+assert gc.get_freeze_count() > 10_000 and gc.get_threshold()[0] == 10_000
+assert gc.collect() == 0 and len(gc.get_objects()) < 1_000
+"""
+    subprocess.run([sys.executable, "-c", program], timeout=30, check=True)

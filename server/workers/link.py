@@ -130,16 +130,19 @@ class Link:
         received: list[tuple[bytes, wire.FromWorker]] = []
         receive, ask = self._socket.recv, self._socket.getsockopt
         for _ in range(_MESSAGES_PER_TURN):
-            # Asked, as an exception at the end would cost more. The descriptor signals what comes
-            # after a no; whatever sends meanwhile asks again.
-            if not ask(_EVENTS) & _POLLIN:  # type: ignore[operator]
+            try:
+                # Two frames of every worker that knows the wire. `recv_multipart` would take twice as long.
+                identity, payload = receive(_NOBLOCK), receive(_NOBLOCK)
+            except zmq.Again:  # whoever calls has seen that something is there, and is rarely wrong
                 return received, True
-            # Two frames of every worker that knows the wire. `recv_multipart` would take twice as long.
-            identity, payload = receive(_NOBLOCK), receive(_NOBLOCK)
             if ask(_RCVMORE):
                 self._drop_rest()
-                continue
-            self._decode(identity, payload, received)
+            else:
+                self._decode(identity, payload, received)
+            # Asked, as an exception at each end would cost more. The descriptor signals what comes after a no; whatever
+            # sends meanwhile asks again.
+            if not ask(_EVENTS) & _POLLIN:  # type: ignore[operator]
+                return received, True
             if len(received) >= _MESSAGES_PER_TURN:
                 break
         return received, False

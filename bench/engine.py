@@ -104,7 +104,7 @@ def packed_over_plain(folder: str, effort: Effort) -> Iterator[Ratio]:
     for batch in (1, 8):
         lengths, tokens = [effort.context] * batch, effort.engine_tokens(batch)
         fast, slow, bare_fast, bare_slow = interleaved(
-            effort.repeats + 1,
+            3 * effort.repeats,  # more than elsewhere: it's a small ratio
             partial(run_engine, packed, lengths, tokens),
             partial(run_engine, plain, lengths, tokens),
             partial(run_alone, partial(forward_seconds, packed.model, batch)),

@@ -3,7 +3,7 @@
 Blocks of a sequence lie anywhere in the KV store, and attention wants each sequence's keys in one piece. Copying all of
 them together in each step costs as much as the linears of a large batch; here a sequence is copied once, into a row of
 its own, and each step adds one token to it. The store stays the truth: a row is only ever filled from it, or with
-what goes to it in the same call, and whatever does not fit here is read from there.
+what goes to it by the end of the same step, and whatever does not fit here is read from there.
 """
 
 from __future__ import annotations

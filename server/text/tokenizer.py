@@ -28,6 +28,7 @@ from trtserve.server.text.detokenizer import (
     Detokenizer,
     StreamDetokenizer,
 )
+from trtserve.server.text.numeral_split import faster_form
 from trtserve.server.text.probes import PROBES
 from trtserve.server.text.special_tokens import special_tokens
 from trtserve.server.text.token_bytes import Spelling, TokenBytes, spelling_of
@@ -156,7 +157,16 @@ def _is_same(one: Vocabulary, other: Vocabulary, size: int) -> bool:
 def load_tokenizer(folder: ModelFolder) -> Tokenizer:
     """Load tokenizer.json; takes about half a second. Raises ModelError if it cannot be used."""
     path = str(folder.tokenizer_json)
-    fast = _fast(path)  # first: what is allocated last can be given back
+    backend = _backend(path)
+    fast, encode = _fast_encode(path, backend)
+    named = special_tokens(folder.tokenizer_config())
+    tokenizer = Tokenizer(backend, encode, named, fast)
+    del backend
+    return_free_memory()  # what parsing the vocabulary left: 30 MiB for 49,000 tokens
+    return tokenizer
+
+
+def _backend(path: str) -> tokenizers.Tokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(path)
     except Exception as error:  # the library raises plain Exception
@@ -164,12 +174,7 @@ def load_tokenizer(folder: ModelFolder) -> Tokenizer:
     # What a file asks for in training is not wanted here: prompts are never cut or filled up.
     backend.no_truncation()
     backend.no_padding()
-    encode = None if fast is None else _fast_encode(fast, path, backend)
-    named = special_tokens(folder.tokenizer_config())
-    tokenizer = Tokenizer(backend, encode, named, fast if encode is not None else None)
-    del backend
-    return_free_memory()  # what parsing the vocabulary left: 30 MiB for 49,000 tokens
-    return tokenizer
+    return backend
 
 
 def _slow_encode(backend: tokenizers.Tokenizer) -> Encode:
@@ -180,31 +185,40 @@ def _slow_encode(backend: tokenizers.Tokenizer) -> Encode:
     return encode
 
 
-def _fast(path: str) -> fastokens.Tokenizer | None:
+def _fast_encode(path: str, backend: tokenizers.Tokenizer) -> tuple[fastokens.Tokenizer | None, Encode | None]:
+    """fastokens' tokenizer and way to encode; none where it gives other ids for this model."""
     try:
+        form = faster_form(backend)
+        if form is not None:
+            fast = fastokens.Tokenizer.from_json_str(form)
+            encode = _encode_with(fast)
+            if _first_difference(encode, backend) is None:
+                return fast, encode
+            del fast
         fast = fastokens.Tokenizer.from_file(path)
-        fast.no_truncation()
-        fast.no_padding()
+        encode = _encode_with(fast)
+        different = _first_difference(encode, backend)
     except Exception as error:  # the library raises plain Exception
-        _log.warning("fastokens cannot use %s (%s); encoding with tokenizers, which is slower", path, error)
-        return None
-    return fast
+        _log.warning("fastokens cannot encode with %s (%s); encoding with tokenizers, which is slower", path, error)
+        return None, None
+    if different is not None:
+        _log.warning("fastokens encodes %a of %s otherwise; encoding with tokenizers", different, path)
+        return None, None
+    return fast, encode
 
 
-def _fast_encode(fast: fastokens.Tokenizer, path: str, backend: tokenizers.Tokenizer) -> Encode | None:
-    """fastokens' way to encode, or None if it gives other ids for this model."""
+def _encode_with(fast: fastokens.Tokenizer) -> Encode:
+    fast.no_truncation()
+    fast.no_padding()
 
     def encode(text: str, add_special_tokens: bool) -> TokenIds:
         ids, _ = fast.encode_batch_flat([text], add_special_tokens)
         return array("i", ids)  # uint32 bytes; no vocabulary reaches the sign bit
 
-    slow = _slow_encode(backend)
-    try:
-        different = [text for text in PROBES for add in (False, True) if encode(text, add) != slow(text, add)]
-    except Exception as error:
-        _log.warning("fastokens cannot encode with %s (%s); encoding with tokenizers, which is slower", path, error)
-        return None
-    if different:
-        _log.warning("fastokens encodes %a of %s otherwise; encoding with tokenizers", different[0], path)
-        return None
     return encode
+
+
+def _first_difference(encode: Encode, backend: tokenizers.Tokenizer) -> str | None:
+    """A text of `PROBES` that they encode differently."""
+    slow = _slow_encode(backend)
+    return next((text for text in PROBES for add in (False, True) if encode(text, add) != slow(text, add)), None)

@@ -1,9 +1,9 @@
 """Text to token ids and back, for one model.
 
 fastokens encodes: it is several times faster than `tokenizers`, and lets other threads run meanwhile. Of the prompts
-that it has seen it keeps nothing, or, for patterns that it has a scanner for (GPT-2's, Llama 3's, Qwen's), words up to
-some 70 MiB in each thread. It is compared with `tokenizers` on `PROBES` when a model is loaded; where the two differ,
-`tokenizers` encodes, through `encode_batch_fast` (its plain `encode` holds the GIL for the whole call).
+that it has seen a thread keeps the last one at most, or, for patterns that fastokens has a scanner for (GPT-2's,
+Llama 3's, Qwen's), words up to some 70 MiB. It is compared with `tokenizers` on `PROBES` when a model is loaded; where
+the two differ, `tokenizers` encodes, through `encode_batch_fast` (its plain `encode` holds the GIL for the whole call).
 """
 
 from __future__ import annotations

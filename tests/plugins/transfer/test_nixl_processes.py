@@ -20,6 +20,7 @@ from trtserve.plugins.conformance.transfer_reads import (
     test_all_blocks_of_several_regions_in_any_order,
 )
 from trtserve.plugins.transfer import nixl
+from trtserve.plugins.transfer.nixl import library
 from trtserve.plugins.transfer.nixl.payload import encode_payload
 from trtserve.plugins.transfer_api import Cancelled, TransferOutcome
 
@@ -34,6 +35,8 @@ __all__ = [
 ]
 
 QUICK_START = {"UCX_MEM_MMAP_HOOK_MODE": "none", "OPENBLAS_NUM_THREADS": "1"}  # see test_nixl_conformance.py
+# What the plugin sets stays unset where the transfer ucx has set its own in this process, which others inherit.
+QUICK_START["UCX_KEEPALIVE_INTERVAL"] = library.ENVIRONMENT["UCX_KEEPALIVE_INTERVAL"]
 PLAN: Copies = {"keys": (range(5, 25), range(20))}
 OTHER: Copies = {"keys": ([1, 2], [60, 61])}
 

@@ -68,14 +68,21 @@ def all_up(server: ServerProcess, count: int = 4) -> None:
     server.until_metric("trtserve_worker_up", lambda value: value == count, timeout_s=30)
 
 
+class NobodyBusy(Exception):
+    """The request was over before anybody looked: on a machine that stalls a prefill of 0.3 s is soon missed."""
+
+
 def busy_worker(server: ServerProcess, role: str) -> str:
-    """The id of the worker of a role that has a sequence."""
+    """The id of the worker of a role that has a sequence. Raises NobodyBusy."""
 
     def found() -> str | None:
         workers = server.client.get("/v1/workers").json()["workers"]
         return next((one["id"] for one in workers if one["role"] == role and one["booked_sequences"]), None)
 
-    return eventually(found, f"a {role} worker has a request")
+    try:
+        return eventually(found, f"a {role} worker has a request", timeout_s=3.0)
+    except AssertionError as error:
+        raise NobodyBusy from error
 
 
 def run_struck(client: httpx.Client, prompt: list[int], after_events: int, strike: Callable[[str], None]) -> list[dict]:
@@ -127,14 +134,19 @@ STOPPED = [(signal.SIGSTOP, "prefill", "prefill"), (signal.SIGSTOP, "decode", "h
 @pytest.mark.parametrize(("number", "role", "phase"), KILLED + STOPPED)
 def test_a_worker_goes(server: ServerProcess, expected, number: signal.Signals, role: str, phase: str):
     """A stopped one is lost after SILENCE_S, and given five more seconds to end by itself."""
-    prompt = new_prompt()
 
     def strike(prefill_worker: str) -> None:
         is_known = role == "prefill" and prefill_worker
         os.kill(server.worker_pid(prefill_worker if is_known else busy_worker(server, role)), number)
 
-    begun_s = time.monotonic()
-    seen = run_struck(server.client, prompt, PHASES[phase], strike)
+    for is_last in (False, False, False, True):
+        prompt, begun_s = new_prompt(), time.monotonic()
+        try:
+            seen = run_struck(server.client, prompt, PHASES[phase], strike)
+            break
+        except NobodyBusy:
+            if is_last:
+                raise
     assert time.monotonic() - begun_s < 15, "bounded by the silence that makes a worker a lost one"
     check(seen, expected(prompt))
     assert "error" not in seen[-1], "there was another worker of each role"

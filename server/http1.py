@@ -2,9 +2,9 @@
 
 h11 is a state machine in Python, which took a fifth of a small request. Where a whole request is there at once behind a
 known head, and nothing else is under way, the states that it would go through are known, too: the application has the
-request at once, and if a `HypercornPath` answers it (server/api/stream.py), h11 never hears of either. As soon as
-anything else happens (an answer by plain ASGI, more data, an end of the connection in between), h11 is told what it has
-missed, and all goes on as ever.
+request at once, and if a `HypercornPath` answers it (server/api/hypercorn_path.py), h11 never hears of either. As soon
+as anything else happens (an answer by plain ASGI, more data, an end of the connection in between), h11 is told what it
+has missed, and all goes on as ever.
 
 Knows the insides of hypercorn 0.18 and h11 0.16.
 """

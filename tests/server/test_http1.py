@@ -11,13 +11,13 @@ from hypercorn.protocol.h11 import H11Protocol
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from trtserve.server import http, http1
+from tests.server.api.connections import running
+from trtserve.server import http1
 from trtserve.server.api.body import answer
 from trtserve.server.api.hypercorn_path import find_path
 from trtserve.server.api.stream import AsgiStream, open_stream
 from trtserve.server.http1 import Http1Protocol
 from trtserve.server.request_heads import RequestHeads
-from trtserve.settings.schema import Settings
 
 PLAIN = "POST /{kind} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n"
 HEADS = [
@@ -90,33 +90,16 @@ class App:
 @asynccontextmanager
 async def serving(app):
     """A server, and how to connect to it, with a protocol of hypercorn's or ours."""
-    bound, stop = http.bind("127.0.0.1", 0), asyncio.Event()
-    address, writers = bound.getsockname(), []
-    server = asyncio.create_task(http.serve_http(app, bound, Settings.model_construct(), stop))
+    async with running(app) as connect:
 
-    async def connecting(protocol=Http1Protocol):
-        hypercorn.protocol.H11Protocol = protocol  # looked up when the server accepts
-        while not (connection := await connect(address)):
-            assert not server.done(), server.exception()
-        writers.append(connection[1])
-        return connection
+        async def connecting(protocol=Http1Protocol):
+            hypercorn.protocol.H11Protocol = protocol  # looked up when the server accepts
+            return await connect()
 
-    try:
-        yield connecting
-    finally:
-        for writer in writers:
-            writer.transport.abort()
-        stop.set()
-        async with asyncio.timeout(10):
-            await server
-        http1.install()
-
-
-async def connect(address):
-    try:
-        return await asyncio.open_connection(*address)
-    except ConnectionRefusedError:
-        return None
+        try:
+            yield connecting
+        finally:
+            http1.install()
 
 
 def answers(received):

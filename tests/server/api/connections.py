@@ -12,11 +12,8 @@ BIG = 1 << 30
 SEE_ALL = [b"data: 1\n\n", b"data: \xc3\xa9\n\n", b"data: [DONE]\n\n"]
 
 
-@asynccontextmanager
-async def serving(answer):
-    """hypercorn around `answer(scope, receive, send)`; gives a way to connect."""
-    bound = bind("127.0.0.1", 0)
-    address, stop = bound.getsockname(), asyncio.Event()
+def serving(answer):
+    """`running` around `answer(scope, receive, send)`, which is called once the request's body is there."""
 
     async def app(scope, receive, send):
         if scope["type"] == "http":
@@ -24,6 +21,14 @@ async def serving(answer):
                 pass
             await answer(scope, receive, send)
 
+    return running(app)
+
+
+@asynccontextmanager
+async def running(app):
+    """hypercorn around an application; gives a way to connect."""
+    bound = bind("127.0.0.1", 0)
+    address, stop = bound.getsockname(), asyncio.Event()
     server = asyncio.create_task(serve_http(app, bound, Settings.model_construct(), stop))
     writers = []
 

@@ -88,8 +88,11 @@ class Router:
 
     def remove_worker(self, worker_id: WorkerId) -> None:
         """Its bookings end by themselves as its requests fail. Held requests wait on; if it was the last worker of
-        its role they wait for its restart, until their own deadline."""
+        its role they wait for its restart, until their own deadline. It answers no `next_check` any more."""
         self.core.remove_worker(worker_id)
+        for waiting in self._checks.pop(worker_id, ()):
+            if not waiting.done():
+                waiting.set_result(None)
 
     def drain(self, worker_id: WorkerId, is_draining: bool) -> None:
         """Place nothing more on a worker, or again."""

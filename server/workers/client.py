@@ -23,7 +23,7 @@ from trtserve.plugins.api import (
     WorkerId,
     WorkerLoad,
 )
-from trtserve.server.errors import WorkerLost
+from trtserve.server.errors import Internal, WorkerLost
 from trtserve.server.workers import wire
 from trtserve.server.workers.kv_client import KVClient, OnKV
 from trtserve.server.workers.kv_messages import KVPort
@@ -175,7 +175,7 @@ class WorkerClient:
         any other end, the lease is given back here. Where the engine moves KV itself, `on_kv` hears nothing, and
         whatever the end, the caller calls `let_go_of_kv` when the hand-over is over.
 
-        Raises WorkerLost when the worker is not there or dies.
+        Raises WorkerLost when the worker is not there or dies, and Internal when the sink raises.
         """
         if not keep_kv:
             return await self._run(request, sink, is_kept=False)
@@ -222,7 +222,8 @@ class WorkerClient:
 
     def on_step(self, step: wire.Step) -> None:
         """Its tokens and ends to whom they belong; `account` follows. Hot: runs once per engine step, its inner loop
-        once per row. Raises ValueError or TypeError where the step makes no sense."""
+        once per row. A sink that raises fails its own request. Raises ValueError or TypeError where the step makes no
+        sense."""
         self._advanced(step.number)
         if step.rank and not 0 < step.rank < self.num_ranks and self.state is WorkerState.READY:
             raise ValueError(f"a step of rank {step.rank}, of {self.num_ranks}")
@@ -237,7 +238,10 @@ class WorkerClient:
             for request_id, token_id in zip(request_ids, token_ids, strict=True):
                 push = find(request_id)
                 if push is not None:
-                    push((token_id,), None)
+                    try:
+                        push((token_id,), None)
+                    except Exception as error:
+                        self._fail(RequestId(request_id), error)
         for detail in step.details:
             if detail.finish_reason is not None:
                 self._finish(detail, FinishReason(detail.finish_reason))
@@ -263,7 +267,10 @@ class WorkerClient:
             if run is None:
                 continue
             if detail.cached_tokens is not None:
-                run.sink.cached(detail.cached_tokens)
+                try:
+                    run.sink.cached(detail.cached_tokens)
+                except Exception as error:
+                    self._fail(detail.request_id, error)
             if detail.logprobs is not None:
                 logprobs[int(detail.request_id)] = detail.logprobs
         return logprobs
@@ -280,7 +287,10 @@ class WorkerClient:
         for request_id, count in zip(request_ids, counts, strict=True):
             run = self._runs.get(request_id)
             if run is not None:
-                run.sink.push(token_ids[start : start + count], logprobs.get(request_id))
+                try:
+                    run.sink.push(token_ids[start : start + count], logprobs.get(request_id))
+                except Exception as error:
+                    self._fail(RequestId(request_id), error)
             start += count
 
     def _finish(self, detail: wire.Detail, reason: FinishReason) -> None:
@@ -307,15 +317,27 @@ class WorkerClient:
 
     def stop(self, request_id: RequestId) -> bool:
         """End a request early on the server's word; False when it does not run here."""
+        run = self._call_off(request_id)
+        if run is not None and not run.ended.done():
+            run.ended.set_result(Finish(FinishReason.STOP))
+        return run is not None
+
+    def _fail(self, request_id: RequestId, error: Exception) -> None:
+        """Its tokens could not be taken: a defect of the server, which costs this request and no other."""
+        logger.error("request %d on %s: its tokens could not be taken", request_id, self.worker_id, exc_info=error)
+        run = self._call_off(request_id)
+        if run is not None and not run.ended.done():
+            run.ended.set_exception(Internal())
+            run.ended.exception()  # retrieved: nobody may be waiting any more
+
+    def _call_off(self, request_id: RequestId) -> _Run | None:
+        """None when it does not run here."""
         self._pushes.pop(request_id, None)
         run = self._runs.pop(request_id, None)
-        if run is None:
-            return False
-        self._cancelled[request_id] = None
-        self.send(wire.Cancel(request_id))
-        if not run.ended.done():
-            run.ended.set_result(Finish(FinishReason.STOP))
-        return True
+        if run is not None:
+            self._cancelled[request_id] = None
+            self.send(wire.Cancel(request_id))
+        return run
 
     def when_let_go(self, request_id: RequestId, let_go: Callable[[], None]) -> bool:
         """Call back once the worker holds nothing of a cancelled request any more, or is lost. False where it holds

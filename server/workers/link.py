@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Self
 
@@ -43,7 +43,7 @@ class Link:
 
     `on_message(identity, message)` and then, once per wake-up, `on_drained()` are called on the loop, and
     `before_last()` before the last message of a wake-up; the identity is what ZeroMQ calls the peer and what `send`
-    takes.
+    takes. An `on_message` that raises is logged, and costs none of the messages behind.
     """
 
     def __init__(
@@ -115,15 +115,24 @@ class Link:
         if self._socket.closed:
             return
         received, is_empty = self._receive()
-        if received:
-            take, last = self._on_message, received.pop()
-            for identity, message in received:
+        try:
+            if received:
+                last = received.pop()
+                self._hand_on(received)
+                self._before_last()
+                self._hand_on((last,))
+                self._on_drained()
+        finally:
+            if not is_empty:
+                self._loop.call_soon(self._drain)
+
+    def _hand_on(self, received: Iterable[tuple[bytes, wire.FromWorker]]) -> None:
+        take = self._on_message
+        for identity, message in received:
+            try:
                 take(identity, message)
-            self._before_last()
-            take(*last)
-            self._on_drained()
-        if not is_empty:
-            self._loop.call_soon(self._drain)
+            except Exception:  # of others, which must not pay for it
+                logger.exception("a message of %r could not be handled", identity)
 
     def _receive(self) -> tuple[list[tuple[bytes, wire.FromWorker]], bool]:
         """The messages that are there, up to a turn's number of them and the rest of a batch; whether that was all."""

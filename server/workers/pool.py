@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from trtserve.plugins.api import EngineInfo, Role, WorkerId
 from trtserve.server.workers import wire
@@ -15,8 +15,6 @@ from trtserve.server.workers.client import StepListener, WorkerClient, WorkerSta
 from trtserve.server.workers.kv_messages import KVFetched, KVLinked, KVPublished, KVReleased
 
 logger = logging.getLogger(__name__)
-
-_Report = TypeVar("_Report", wire.Step, wire.Blocks, KVPublished)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +95,18 @@ class WorkerPool:
     def on_message(self, identity: bytes, message: wire.FromWorker) -> None:
         """Called by the link for every message, on the loop; `account` when it has read all that was there."""
         client = self._by_identity.get(identity)
-        if client is not None and type(message) is wire.Step:  # nearly all of them
-            client.heard()
-            self._report(client, client.on_step, message)
-            self._steps.append((client, message))
-            return
-        self.account()
+        try:
+            if client is not None and type(message) is wire.Step:  # nearly all of them
+                client.heard()
+                client.on_step(message)
+                self._steps.append((client, message))
+            else:
+                self.account()
+                self._handle(identity, client, message)
+        except Exception as error:
+            self._distrust(identity, message, error)
+
+    def _handle(self, identity: bytes, client: WorkerClient | None, message: wire.FromWorker) -> None:
         if isinstance(message, wire.Hello):
             self._hello(identity, message)
             return
@@ -112,7 +116,7 @@ class WorkerPool:
         client.heard()
         match message:
             case wire.Blocks():
-                self._report(client, client.on_blocks, message)
+                client.on_blocks(message)
             case wire.Heartbeat():
                 client.on_heartbeat(message)
             case wire.Progress():
@@ -121,7 +125,7 @@ class WorkerPool:
             case wire.Ready():
                 self._ready(identity, client, message)
             case KVPublished():
-                self._report(client, client.kv.on_published, message)
+                client.kv.on_published(message)
             case KVReleased():
                 client.kv.on_released(message)
             case KVFetched():
@@ -135,16 +139,30 @@ class WorkerPool:
         """Tell the listener of the steps whose tokens have been handed on: clients wait for those only."""
         steps, self._steps = self._steps, []
         for client, step in steps:
-            self._report(client, client.account, step)
+            try:
+                client.account(step)
+            except (TypeError, ValueError) as error:
+                self._give_up(client, step, error)
+            except Exception:
+                # No request waits for it, and an index that is wrong costs time only.
+                logger.exception("step %d of %s could not be accounted for", step.number, client.worker_id)
 
-    def _report(self, client: WorkerClient, take: Callable[[_Report], None], report: _Report) -> None:
-        try:
-            take(report)
-        except (TypeError, ValueError) as error:
-            # Its packed arrays do not agree with each other: what it says cannot be trusted any more.
-            kind = type(report).__name__.lower()
-            logger.exception("%s sent a message (%s) that makes no sense", client.worker_id, kind)
-            self.gone(client, f"it sent a message ({kind}) that makes no sense: {error}")
+    def _distrust(self, identity: bytes, message: wire.FromWorker, error: Exception) -> None:
+        """It was handled in part, at most: what is known of that worker and its requests may be wrong by now."""
+        client = self._by_identity.get(identity)
+        if client is not None:
+            self._give_up(client, message, error)
+        else:
+            logger.error("%s of %r could not be handled", _kind(message), identity, exc_info=error)
+
+    def _give_up(self, client: WorkerClient, message: wire.FromWorker, error: Exception) -> None:
+        kind = _kind(message)
+        if isinstance(error, (TypeError, ValueError)):  # most likely its packed arrays do not agree with each other
+            problem = f"it sent a message ({kind}) that makes no sense: {error}"
+        else:
+            problem = f"a defect of the server, which could not handle its message ({kind}): {error!r}"
+        logger.error("%s: %s", client.worker_id, problem, exc_info=error)
+        self.gone(client, problem)
 
     def _hello(self, identity: bytes, hello: wire.Hello) -> None:
         reason = self._objection(hello)
@@ -219,6 +237,10 @@ class WorkerPool:
                     "workers with one engine and the same options for moving KV"
                 )
         return None
+
+
+def _kind(message: wire.FromWorker) -> str:
+    return type(message).__name__.lower()
 
 
 def _how_kv_moves(info: EngineInfo) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from tests.server.router.routers import turn
@@ -69,3 +71,15 @@ async def test_workers_that_are_not_reached_or_do_not_answer_have_no_check(make_
 async def test_without_workers_there_is_nothing_to_check(make_cluster):
     cluster, _ = make_cluster()
     assert await cluster.check_index() == {}
+
+
+async def test_a_worker_that_goes_meanwhile_is_not_waited_for(make_cluster):
+    """Nor is its successor, which has another cache."""
+    cluster, router = make_cluster((True, True), (True, False))
+    checking = asyncio.create_task(cluster.check_index())
+    await turn()
+    assert not checking.done()
+    router.remove_worker(WorkerId("agg-1"))
+    async with asyncio.timeout(5):
+        assert await checking == {"agg-0": KNOWN, "agg-1": None}
+    assert not any(router._checks.values())

@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
+import zipfile
 from importlib import import_module
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -57,6 +59,25 @@ def test_every_profile_is_shipped():
     settings = ROOT / "settings"
     there = set(settings.rglob("*.yaml"))
     assert there and set(settings.glob(pattern)) == there
+
+
+def test_a_wheel_is_made_without_a_warning_and_holds_what_is_there(tmp_path):
+    source, made = tmp_path / "source", tmp_path / "made"
+    made.mkdir()
+    for folder in FOLDERS:
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, source)
+    program = f"from setuptools import build_meta; print(build_meta.build_wheel({str(made)!r}))"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program], cwd=source, capture_output=True, text=True, timeout=50
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = made.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    files = (path for folder in FOLDERS for path in (source / folder).rglob("*") if path.is_file())
+    assert names == {f"trtserve/{path.relative_to(source)}" for path in files}
 
 
 def test_the_installed_version_is_the_projects():

@@ -18,7 +18,6 @@ _Number = TypeVar("_Number", int, float)
 class ModelConfig:
     """What the server needs of config.json. None: the file does not say."""
 
-    architectures: tuple[str, ...]
     max_position_embeddings: int | None
     vocab_size: int | None
 
@@ -59,7 +58,6 @@ class ModelFolder:
         text = config.get("text_config")
         inner = {**config, **text} if isinstance(text, Mapping) else config
         return ModelConfig(
-            architectures=tuple(str(name) for name in config.get("architectures") or ()),
             max_position_embeddings=self._number(inner, "config.json", "max_position_embeddings", int),
             vocab_size=self._number(inner, "config.json", "vocab_size", int),
         )

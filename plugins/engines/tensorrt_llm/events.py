@@ -40,7 +40,6 @@ class RankEvents:
         or are in host memory; the oldest are told to be removed then. None: any number."""
         self.num_gpu_blocks: int | None = None
         self.num_lost = 0  # events
-        self.num_orphans = 0  # blocks whose parent is not known: they cannot be placed
         self._next_id: int | None = None
         self._window: int | None = None  # the widest: others are of layers that see less
         self._ours: OrderedDict[TheirHash, BlockHash] = OrderedDict()
@@ -93,8 +92,7 @@ class RankEvents:
         """A chain of blocks; one that is not full, or has no known beginning, ends it."""
         parent = self._ours.get(data["parent_hash"]) if data["parent_hash"] is not None else None
         if parent is None and data["parent_hash"] is not None:
-            self.num_orphans += len(data["blocks"])
-            return []
+            return []  # where these blocks stand cannot be known
         if parent is not None:
             self._ours.move_to_end(data["parent_hash"])  # in use, so not the one that was removed unheard of
         blocks = data["blocks"] if self.capacity is None else data["blocks"][: self.capacity]

@@ -77,12 +77,8 @@ class UcxWorker:
         return self._map(address, num_bytes, kind)
 
     def allocate(self, num_bytes: int, kind: MemoryKind) -> MappedMemory:
-        """Registered memory of UCX's own, until `unmap` or `close`."""
+        """Registered memory of UCX's own, until `close`."""
         return self._map(None, num_bytes, kind)
-
-    def unmap(self, memory: MappedMemory) -> None:
-        self._mapped.remove(memory)
-        self.library.ucp_mem_unmap(self._context, memory.handle)
 
     def progress(self) -> int:
         """Move everything on a little; 0 where there was nothing to do."""

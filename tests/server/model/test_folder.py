@@ -17,10 +17,10 @@ def folder(tmp_path):
 
 
 def test_config_of_a_text_model_and_of_the_text_part(folder):
-    plain = {"architectures": ["A"], "max_position_embeddings": 10, "vocab_size": 20}
-    assert folder(config=plain).config() == ModelConfig(("A",), 10, 20)
-    assert folder(config={"architectures": ["B"], "text_config": plain}).config() == ModelConfig(("B",), 10, 20)
-    assert folder(config={}).config() == ModelConfig((), None, None)
+    plain = {"max_position_embeddings": 10, "vocab_size": 20}
+    assert folder(config=plain).config() == ModelConfig(10, 20)
+    assert folder(config={"vocab_size": 1, "text_config": plain}).config() == ModelConfig(10, 20)
+    assert folder(config={}).config() == ModelConfig(None, None)
 
 
 def test_generation_defaults(folder):

@@ -236,7 +236,7 @@ class EngineConfig:
     model_path: str  # a Hugging Face folder on this machine
     role: Role = Role.AGG
     dtype: str = "auto"  # auto, bfloat16, float16, float32
-    device: str = "auto"  # auto, cpu, cuda
+    device: str = "auto"  # auto, cpu, cuda or cuda:N
     block_size: int = 16  # tokens in a KV block
     num_blocks: int | None = None  # KV blocks; None: from kv_cache_gib
     kv_cache_gib: float | None = None  # None: the engine's default
@@ -292,7 +292,7 @@ class EngineInfo:
     max_seq_len: int  # prompt and output
     vocab_size: int
     publishes_kv_events: bool = True
-    caches_prefixes: bool = True  # the KV of equal prompt beginnings is reused
+    caches_prefixes: bool = True  # the KV of equal prompt beginnings is reused; False where that is off, or never done
     supports_logprobs: bool = True
     max_logprobs: int = 20
     max_prompt_tokens: int | None = None  # of a prompt that this engine computes; None: one less than max_seq_len
@@ -325,8 +325,10 @@ class EngineSink(Protocol):
 class Engine(Protocol):
     """A model that generates, with its own scheduler and KV cache. Made by the hook `make_engine`.
 
-    Order of calls: `start` once, then `submit`, `cancel`, `stats` in any order from one thread, `close` once.
-    None of them waits for a forward pass. Results come through the sink given to `start`.
+    Order of calls: `start` once, then `submit`, `cancel`, `stats` in any order, `close` once. They come one at a time
+    but not all from one thread: the worker starts and warms up on one, and serves and closes on another, where `close`
+    may come while the warm-up still submits. None but `start` and `close` waits for a forward pass. Results come
+    through the sink given to `start`.
     """
 
     def start(self, sink: EngineSink) -> EngineInfo:
@@ -369,10 +371,11 @@ class StepEngine(Protocol):
     def step(self) -> StepOutputs:
         """Run one pass. May take as long as a pass takes. An exception means the engine is broken for good."""
 
-    def stats(self) -> WorkerLoad: ...
+    def stats(self) -> WorkerLoad:
+        """The load as it is now; cheap."""
 
     def close(self) -> None:
-        """Free everything; idempotent."""
+        """Free everything; idempotent. Also called where `start` or `step` raised."""
 
 
 class KVStoreEngine(Protocol):
@@ -441,7 +444,8 @@ class Placement(Protocol):
     """A booking of one request on one worker. Use it as a context manager: leaving gives the booking back."""
 
     @property
-    def worker_id(self) -> WorkerId: ...
+    def worker_id(self) -> WorkerId:
+        """The worker; of an engine with attention-DP ranks the rank, such as ``agg-0/1``."""
 
     def __enter__(self) -> Self: ...
 
@@ -537,7 +541,10 @@ class Mode(Protocol):
     def roles(self) -> Mapping[Role, int]:
         """How many workers of each role to start."""
 
-    async def run(self, request: Request, sink: OutputSink, cluster: Cluster) -> Finish: ...
+    async def run(self, request: Request, sink: OutputSink, cluster: Cluster) -> Finish:
+        """Take one sequence to its one end; its tokens have gone to `sink` by then. On the event loop, once for each
+        sequence. Cancelled when the client leaves or its time is over, so bookings and hand-overs are given back by
+        `with`. What it raises ends the request: errors of `Cluster`'s methods are told to the client as they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -564,7 +571,8 @@ class WorkerProcess(Protocol):
     """A started worker. Modelled on asyncio's subprocess."""
 
     @property
-    def pid(self) -> int: ...
+    def pid(self) -> int:
+        """Of the process that leads the group."""
 
     async def wait(self) -> int:
         """The exit code; negative for a signal."""

@@ -1,9 +1,13 @@
 """The pluggy hooks: they make things by name, then plain methods do the work.
 
 A plugin is a module or object registered under the entry-point group ``trtserve`` with the name ``KIND.NAME``
-(``engine.torch``, ``policy.random``); kinds: engine, mode, policy, launcher, transfer. Only the plugins that a process
-needs are imported, by that name, so listing plugins imports none of them. Each implements the hook of its kind and
-returns None for names that are not its own. Heavy libraries are imported inside the hook's function.
+(``engine.torch``, ``policy.random``); kinds: engine, mode, policy, launcher, transfer. A process imports only the
+plugins that it needs, by that name; `trtserve plugins` imports every one, to say whether it can be used. Each
+implements the hook of its kind and returns None for names that are not its own. Heavy libraries are imported inside
+`make_…`.
+
+Hooks are called in the server process where nothing else is said. They raise nothing but what is said here; anything
+else counts as a defect of the plugin.
 """
 
 from __future__ import annotations
@@ -34,7 +38,8 @@ hookimpl = pluggy.HookimplMarker(GROUP)
 
 @hookspec(firstresult=True)
 def make_engine(name: str, config: EngineConfig) -> Engine | None:
-    """An engine, not yet started; called in the worker process only. config.options has passed `options_model`."""
+    """An engine, not yet started; called in the worker process only, once. config.options has passed
+    `options_model`."""
 
 
 @hookspec(firstresult=True)
@@ -46,7 +51,8 @@ def plan_engine(name: str, config: EngineConfig) -> EnginePlan | None:
 
 @hookspec(firstresult=True)
 def setting_defaults(name: str) -> Mapping[str, Any] | None:
-    """Settings whose default is another one with this engine, such as the block size; for those that nobody gave."""
+    """Settings whose default is another one with this engine, such as the block size, by the names of
+    `trtserve.settings.schema`; for those that nobody gave. Called in the server and in every worker."""
 
 
 @hookspec(firstresult=True)
@@ -56,12 +62,12 @@ def check_plans(name: str, plans: Mapping[Role, EnginePlan]) -> list[str] | None
 
 @hookspec(firstresult=True)
 def make_mode(name: str, config: ModeConfig) -> Mode | None:
-    """A serving mode."""
+    """A serving mode, one for all requests."""
 
 
 @hookspec(firstresult=True)
 def make_policy(name: str, config: PolicyConfig) -> RoutingPolicy | None:
-    """A routing policy."""
+    """A routing policy, one for all roles. config.options has passed `options_model`."""
 
 
 @hookspec(firstresult=True)
@@ -71,7 +77,8 @@ def make_launcher(name: str) -> Launcher | None:
 
 @hookspec(firstresult=True)
 def make_transfer(name: str) -> KVTransfer | None:
-    """A way to move KV blocks between workers."""
+    """A way to move KV blocks between workers, not yet opened; called in prefill and decode workers. May raise
+    `trtserve.plugins.transfer_api.TransferError`."""
 
 
 @hookspec(firstresult=True)
@@ -81,5 +88,6 @@ def missing(kind: str, name: str) -> str | None:
 
 @hookspec(firstresult=True)
 def options_model(kind: str, name: str) -> type[BaseModel] | None:
-    """The pydantic model of the plugin's own options (`--engine-options`), each field with bounds and a description.
-    A plugin without one takes no options."""
+    """The pydantic model of the plugin's own options, each field with bounds and a description. A plugin without one
+    takes no options. Set by `--engine-options` and `--router-options`; of a transfer only the defaults can be had, and
+    modes and launchers are not asked."""

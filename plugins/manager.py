@@ -44,7 +44,7 @@ class PluginStatus:
 
 
 class PluginManager:
-    """One per process. Listing imports nothing; `make_*` import the one plugin they need."""
+    """One per process. `names` imports nothing, `make_*` the one plugin they need, `statuses` every plugin."""
 
     def __init__(self) -> None:
         self._found: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=hooks.GROUP)}

@@ -32,6 +32,7 @@ class Curve:
     high: float
 
     def at(self, x: float) -> float:
+        """Milliseconds."""
         inside = self.low if x < self.low else self.high if x > self.high else x
         value = (self.quadratic * inside + self.linear) * inside + self.constant
         return value if x <= self.high else value * x / self.high
@@ -91,10 +92,12 @@ class WorkerView:
 
     @property
     def free_slots(self) -> int:
+        """How many more requests may be placed there now; 0 or below where it is full."""
         return self.info.max_num_seqs - self.booked_requests
 
     @property
     def kv_tokens(self) -> int:
+        """Tokens that its KV cache holds."""
         return self.info.num_blocks * self.info.block_size
 
 
@@ -149,12 +152,17 @@ class RoutingPolicy(Protocol):
         """Whether it asks for `overlaps`; if not, block hashes are not even computed."""
 
     def assign(self, held: Sequence[HeldRequest], state: RoutingState) -> Plan:
-        """`held`: the oldest ones, in order of arrival, all for the role of the workers. Requests left out stay in
-        the queue. A worker must not be given more than its `free_slots`. Asked whenever a request arrives or ends, a
-        worker comes or goes or a pass with prompts ends, and at `again_at_s`."""
+        """`held`: the oldest ones, at most 256, in order of arrival, all for the role of the workers; where that many
+        were given and some of them placed, it is asked again for the rest. Requests left out stay in the queue. A
+        worker must not be given more than its `free_slots`. Asked on the event loop whenever a request arrives or ends,
+        a worker comes or a pass with prompts ends, and at `again_at_s`; what comes in one turn of the loop may
+        be asked about together. A plan that breaks these rules books nothing, like an exception: it is logged, the
+        requests wait on, and the policy is asked again at the next occasion, after a second at the latest."""
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyConfig:
+    """How to build a policy; made from the settings."""
+
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)  # checked by the plugin's options model

@@ -6,7 +6,7 @@ the worker that needs blocks reads them from the worker that has them, which nee
 
 Order of calls, all of them from one thread: `open` once, `allocate` where the transfer owns its memory, `register` for
 every region, then `export` as often as a peer asks; `import_peer`, `read_blocks`, `poll`, `cancel` and `drop_peer` in
-any order; `close` once. Nothing here raises for what a peer did: that is a failed `Completion`.
+any order; `close` once. Only `import_peer` raises for what a peer did; later that is a failed `Completion`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ TransferId = NewType("TransferId", int)
 
 
 class MemoryKind(StrEnum):
+    """Where memory is."""
+
     HOST = "host"
     CUDA = "cuda"
 
@@ -47,7 +49,7 @@ class TransferConfig:
     runtime_dir: str  # a private (0700) folder of the deployment, for Unix sockets
     host: str = "127.0.0.1"  # address that peers on other nodes can reach
     device: str = "cpu"  # or cuda:N
-    options: Mapping[str, Any] = field(default_factory=dict)  # checked by the plugin's options model
+    options: Mapping[str, Any] = field(default_factory=dict)  # the defaults of the plugin's options model
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,8 @@ class ReadPlan:
 
 
 class TransferOutcome(StrEnum):
+    """How a read ended."""
+
     DONE = "done"
     FAILED = "failed"  # this read only
     PEER_LOST = "peer_lost"  # the peer's process or connection is gone; import it anew
@@ -135,7 +139,8 @@ class Peer(Protocol):
     """An imported peer: one incarnation of one worker."""
 
     @property
-    def info(self) -> PeerInfo: ...
+    def info(self) -> PeerInfo:
+        """As it was given to `import_peer`."""
 
     @property
     def lane(self) -> str:
@@ -154,10 +159,12 @@ class KVTransfer(Protocol):
     """Moves KV bytes between two workers. Made by the hook `make_transfer`; see the module's text for the order."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """The plugin's, as in `--transfer`."""
 
     @property
-    def caps(self) -> TransferCaps: ...
+    def caps(self) -> TransferCaps:
+        """Known before `open`."""
 
     def open(self, config: TransferConfig) -> None:
         """Raises TransferError where the library or device is not usable."""

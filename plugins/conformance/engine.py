@@ -35,6 +35,7 @@ from trtserve.plugins.conformance.engine_cache import (
     test_some_token_is_always_computed,
 )
 from trtserve.plugins.conformance.engine_generation import (
+    test_an_engine_says_whether_it_caches_prefixes,
     test_end_of_sequence_and_ignore_eos,
     test_greedy_is_deterministic,
     test_logprobs_have_the_shape_asked_for,
@@ -62,6 +63,7 @@ from trtserve.plugins.conformance.sink import CollectingSink
 __all__ = [
     "CollectingSink",
     "EngineCase",
+    "test_an_engine_says_whether_it_caches_prefixes",
     "test_cancel_gives_one_final_output_and_frees",
     "test_cancel_of_a_waiting_request",
     "test_cancel_of_unknown_or_ended_requests_is_ignored",

@@ -23,6 +23,14 @@ def test_start_tells_sane_sizes(engine_under_test: EngineCase) -> None:
         assert 0 < load.free_blocks <= info.num_blocks
 
 
+def test_an_engine_says_whether_it_caches_prefixes(engine_under_test: EngineCase) -> None:
+    with engine_under_test.running() as running:
+        prompt = engine_under_test.prompt(3 * running.info.block_size + 1)
+        running.generate(prompt)
+        again = running.generate(prompt)
+        assert running.info.caches_prefixes == bool(again.cached_tokens)
+
+
 def test_max_tokens_is_exact(engine_under_test: EngineCase) -> None:
     with engine_under_test.running() as running:
         for max_tokens in (1, 2, 13):

@@ -6,11 +6,8 @@ import asyncio
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
-import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -25,6 +22,7 @@ from trtserve.server.api.routes import Application
 from trtserve.server.api.schema import RequestRules
 from trtserve.server.api.serving import ApiKeys, HttpLimits, ServedModel, Serving
 from trtserve.server.cluster import ServerCluster
+from trtserve.server.console import say, say_error
 from trtserve.server.deployment import Plan, WorkerCommands
 from trtserve.server.errors import Overloaded
 from trtserve.server.exit_codes import ExitCode
@@ -42,6 +40,7 @@ from trtserve.server.router.decision_log import DecisionLog
 from trtserve.server.router.pinned import pinned_times, pinned_traffic
 from trtserve.server.router.router import QueueLimits, Router
 from trtserve.server.router.traffic import Traffic
+from trtserve.server.runtime_folder import runtime_folder
 from trtserve.server.text.chat_template import ChatTemplate, load_chat_template
 from trtserve.server.text.special_tokens import special_tokens
 from trtserve.server.text.tokenizer import load_tokenizer
@@ -111,17 +110,11 @@ class Server:
         loop.set_default_executor(ThreadPoolExecutor(_num_threads(), "compute"))
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._on_signal)
-        runtime_dir = Path(tempfile.mkdtemp(prefix="trtserve-"))  # 0700
-        try:
-            endpoint = self._settings.worker_endpoint or f"ipc://{runtime_dir}/workers.sock"
-            with (
-                self._decision_log or nullcontext(),
-                Link(endpoint, self._pool.on_message, self._on_drained, self._flusher.expect_no_more) as link,
-            ):
+        with runtime_folder() as folder, self._decision_log or nullcontext():
+            endpoint = self._settings.worker_endpoint or f"ipc://{folder}/workers.sock"
+            with Link(endpoint, self._pool.on_message, self._on_drained, self._flusher.expect_no_more) as link:
                 self._pool.attach(link.send)
-                return await self._serve(link.endpoint, runtime_dir)
-        finally:
-            shutil.rmtree(runtime_dir, ignore_errors=True)
+                return await self._serve(link.endpoint, folder)
 
     def _on_drained(self) -> None:
         """Tokens first: somebody waits for them."""
@@ -160,7 +153,7 @@ class Server:
                     group.create_task(self._pairs.run(), name="pairs"),
                 ]
                 if not self._plan.workers:
-                    print(f"{self._url()} is up, waiting for workers at {endpoint}", flush=True)
+                    say(f"{self._url()} is up, waiting for workers at {endpoint}")
                 await self._stop.wait()
                 exit_code = await self._drain()
                 self._stop_http.set()
@@ -245,7 +238,7 @@ class Server:
         """Wait for the first readiness and say so."""
         await self._cluster.ready(set(self._plan.mode.roles))
         settle()
-        print(self._banner(), flush=True)
+        say(self._banner())
 
     def _url(self) -> str:
         host, port = self._address
@@ -306,9 +299,9 @@ class Server:
         expected, rest = errors.split(tuple(codes))
         leaves = _leaves(expected)
         for error in leaves:
-            print(f"trtserve: {error}", file=sys.stderr)
+            say_error(f"trtserve: {error}")
             for line in getattr(error, "lines", ()):
-                print(f"  | {line}", file=sys.stderr)
+                say_error(f"  | {line}")
         if rest is not None:
             logger.error("the server failed", exc_info=rest)
             return ExitCode.DEFECT

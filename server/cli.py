@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from trtserve.plugins.manager import PluginError, PluginManager
+from trtserve.server.console import open_standard_descriptors, say, say_error
 from trtserve.server.exit_codes import ExitCode
 from trtserve.settings.catalog import profiles
 from trtserve.settings.load import SettingsError, load_settings
@@ -20,6 +21,7 @@ _COMMANDS = ("serve", "worker", "replay", "plugins", "profiles", "version")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    open_standard_descriptors()
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = given.pop(0) if given and given[0] in _COMMANDS else "serve"
     try:
@@ -35,12 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             case "profiles":
                 return _profiles()
             case "version":
-                print(version("trtserve"))
+                say(version("trtserve"))
                 return ExitCode.OK
             case _:
                 return _serve(given)
     except (SettingsError, PluginError) as error:
-        print(f"trtserve: {error}", file=sys.stderr)
+        say_error(f"trtserve: {error}")
         return ExitCode.USAGE
 
 
@@ -56,7 +58,7 @@ def _serve(arguments: list[str]) -> int:
     settings = with_engine_defaults(with_usable_transfer(settings, manager), manager)
     plan = make_plan(settings, manager)
     if settings.dry_run:
-        print(describe_plan(settings, plan))
+        say(describe_plan(settings, plan))
         return ExitCode.OK
     import uvloop
 
@@ -72,7 +74,7 @@ def _serve(arguments: list[str]) -> int:
     try:
         bound = bind(settings.host, settings.port)
     except AddressError as error:
-        print(f"trtserve: {error}", file=sys.stderr)
+        say_error(f"trtserve: {error}")
         return ExitCode.ADDRESS
     try:
         with ProgressBar() as progress:
@@ -83,10 +85,10 @@ def _serve(arguments: list[str]) -> int:
 
         return uvloop.run(run())
     except ModelError as error:
-        print(f"trtserve: {error}", file=sys.stderr)
+        say_error(f"trtserve: {error}")
         return ExitCode.MODEL
     except EndpointError as error:
-        print(f"trtserve: {error}", file=sys.stderr)
+        say_error(f"trtserve: {error}")
         return ExitCode.ADDRESS
     except KeyboardInterrupt:
         return ExitCode.CUT_OFF
@@ -95,22 +97,27 @@ def _serve(arguments: list[str]) -> int:
 
 
 def _worker(arguments: list[str]) -> int:
+    from trtserve.server.model.errors import ModelError
     from trtserve.server.workers.main import run_worker
 
     settings = load_settings(WorkerSettings, arguments)
     _log_to_stderr(settings.log_level)
-    return run_worker(settings)
+    try:
+        return run_worker(settings)
+    except ModelError as error:
+        say_error(f"trtserve: {error}")
+        return ExitCode.USAGE
 
 
 def _plugins() -> int:
     for status in PluginManager().statuses():
-        print(f"{status.kind:9} {status.name:16} {status.package:20} {status.problem or 'ok'}")
+        say(f"{status.kind:9} {status.name:16} {status.package:20} {status.problem or 'ok'}")
     return ExitCode.OK
 
 
 def _profiles() -> int:
     for profile in profiles():
-        print(f"{profile.name:33} {profile.summary}")
+        say(f"{profile.name:33} {profile.summary}")
     return ExitCode.OK
 
 

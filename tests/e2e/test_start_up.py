@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import subprocess
+from pathlib import Path
 
 import httpx
 import pytest
@@ -52,6 +54,33 @@ def test_live_before_ready_and_the_phase_meanwhile(serve: Serve, unused_port: in
     eventually(lambda: client.get("/ready").status_code == 200, "ready")
     assert client.get("/health").json()["status"] == "ready"
     server.until_ready()
+
+
+class RedirectedServer(ServerProcess):
+    """Started by a shell with these redirections."""
+
+    def __init__(self, redirections: str, *arguments: str) -> None:
+        self._redirections = redirections
+        super().__init__(*arguments)
+
+    def command(self, arguments: tuple[str, ...]) -> list[str]:
+        return ["sh", "-c", f'exec "$@" {self._redirections}', "sh", *super().command(arguments)]
+
+
+@pytest.mark.parametrize("redirections", [">/dev/full", "2>/dev/full", "<&- >&- 2>&-"])
+def test_a_server_goes_on_where_nobody_can_read_what_it_says(redirections: str, sim_model: Path, unused_port: int):
+    with RedirectedServer(redirections, *sim_arguments(sim_model, "--port", str(unused_port))) as server:
+        server.client.base_url = httpx.URL(f"http://127.0.0.1:{unused_port}")
+
+        def is_ready() -> bool:
+            try:
+                return server.client.get("/ready").status_code == 200
+            except httpx.ConnectError:
+                return not server.is_running
+
+        eventually(is_ready, "ready")
+        server.signal(signal.SIGTERM)
+        assert server.wait() == 0
 
 
 def test_workers_and_their_load(serve: Serve):

@@ -1,5 +1,6 @@
-"""What is said to people on stdout and stderr, which may be closed, full, or a pipe that nobody reads any more: a server
-goes on all the same."""
+"""What is said to people on stdout and stderr, which may be closed, full, or a pipe that nobody reads any more; a
+server goes on all the same.
+"""
 
 from __future__ import annotations
 

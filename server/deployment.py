@@ -208,13 +208,16 @@ class WorkerCommands:
         workers: Iterable[WorkerPlan] = (),
         engines: Mapping[Role, EnginePlan] | None = None,
     ) -> None:
-        """workers and engines: those of the plan."""
+        """workers and engines: those of the plan. Raises SettingsError where there can be no folder for the logs."""
         self._planned = {worker.worker_id: worker for worker in workers}
         self._engines = engines or {}
         self._endpoint = endpoint
         self._token = token
         self._log_dir = settings.log_dir or runtime_dir
-        self._log_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._log_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SettingsError(f"--log-dir {self._log_dir}: cannot be made: {error.strerror}") from error
         self._settings_file = runtime_dir / "settings.json"
         content = settings.model_dump(mode="json", exclude=_NOT_FOR_WORKERS, exclude_none=True)
         self._settings_file.write_text(json.dumps(content | {"model": str(model_path)}))

@@ -25,7 +25,7 @@ def runtime_folder() -> Iterator[Path]:
         raise SettingsError(f"a folder for the workers' socket cannot be made ({error}); set TMPDIR to one") from error
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        # Files there do not change for weeks: the lock tells systemd-tmpfiles to leave them alone (tmpfiles.d(5), "Age").
+        # Files there may not change for weeks; the lock keeps systemd-tmpfiles from them (tmpfiles.d(5), "Age").
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield folder
     finally:

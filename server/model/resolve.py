@@ -26,7 +26,7 @@ def resolve_model(
     hub's own cache. verify: hash the default model's files instead of looking at their sizes only.
     Raises ModelError, with what to do, if there is no such model or it cannot be had here.
     """
-    path = Path(name).expanduser()
+    path = _expanded(name)
     if path.is_dir():
         return open_folder(path.resolve(), path.resolve().name)
     if path.is_file():
@@ -40,8 +40,22 @@ def resolve_model(
     )
 
 
+def _expanded(name: str) -> Path:
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:
+        raise ModelError(f"MODEL {name!r}: that user has no home folder here; give the whole path") from error
+
+
 def default_cache_dir() -> Path:
-    """``trtserve`` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache)."""
+    """``trtserve`` in the user's cache folder (XDG_CACHE_HOME, or ~/.cache). Raises ModelError where there is none."""
     root = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG specification: a path that is not absolute is to be ignored.
-    return (Path(root) if os.path.isabs(root) else Path.home() / ".cache") / "trtserve"
+    if os.path.isabs(root):
+        return Path(root) / "trtserve"
+    try:
+        return Path.home() / ".cache" / "trtserve"
+    except RuntimeError as error:  # neither HOME nor an entry in the user database
+        raise ModelError(
+            "this user has no home folder to keep models in; set TRTSERVE_CACHE_DIR, or give a model's folder"
+        ) from error

@@ -9,6 +9,7 @@ import logging
 import queue
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -65,7 +66,8 @@ class DecisionLog:
     def __exit__(self, *exception: object) -> None:
         self._queue.put(None)
         self._thread.join()
-        self._file.close()
+        with suppress(OSError):  # what was told already: a file that cannot be written cannot be flushed either
+            self._file.close()
         if self.dropped:
             logger.warning("the decision log lacks %d decisions: its disk was too slow", self.dropped)
 
@@ -91,12 +93,14 @@ class DecisionLog:
             self.dropped += 1
 
     def _write(self) -> None:
+        line: bytes | None = b""
         try:
             while (line := self._queue.get()) is not None:
                 self._file.write(line + b"\n")
                 if self._queue.empty():
                     self._file.flush()
+            self._file.flush()
         except OSError:
             logger.exception("the decision log cannot be written any more")
-            while self._queue.get() is not None:
-                pass
+            while line is not None:
+                line = self._queue.get()

@@ -60,7 +60,7 @@ def _identity(settings: WorkerSettings, model_path: Path) -> WorkerIdentity:
 
 
 def _model_path(settings: WorkerSettings) -> Path:
-    path = Path(settings.model).expanduser()
+    path = Path(settings.model)
     if path.is_dir():
         return path
     # Started by hand, perhaps on another machine: find the model as the server does.

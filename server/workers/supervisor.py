@@ -94,10 +94,10 @@ class Supervisor:
 
     async def _one_life(self, client: WorkerClient, spec: LaunchSpec) -> tuple[int, str]:
         """Start a process and stay until it has ended. Returns its exit code and what happened, in words."""
-        _keep_old_log(spec.log_path)
         client.state = WorkerState.STARTING
         client.phase = "starting"
         try:
+            _keep_old_log(spec.log_path)
             process = await self._launcher.start(spec)
         except OSError as error:
             return -1, f"could not be started: {error}"

@@ -56,6 +56,13 @@ def join(host, sim_model) -> Iterator:
     host.until_metric("trtserve_worker_up", lambda value: value == 0)
 
 
+def test_one_without_a_model_says_so(tmp_path):
+    arguments = sim_arguments(tmp_path / "none", "--connect", f"ipc://{tmp_path}/none", "--worker-id", "hand-0")
+    with TrtserveProcess("worker", *arguments, environment={"TRTSERVE_WORKER_TOKEN": TOKEN}) as worker:
+        assert worker.wait() == 2
+    assert "trtserve: MODEL " in worker.output
+
+
 def test_one_that_joins_serves_and_leaves(host, join):
     refused = host.client.post(PATH, json={"prompt": "a"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "no_worker")

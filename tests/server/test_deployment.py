@@ -144,6 +144,13 @@ def test_logs_go_where_the_settings_say(tmp_path):
     assert "log_dir" not in json.loads((tmp_path / "settings.json").read_text())
 
 
+def test_a_folder_for_logs_that_cannot_be_is_an_error(tmp_path):
+    (tmp_path / "file").touch()
+    settings = load(f"--log-dir={tmp_path}/file/logs")
+    with pytest.raises(SettingsError, match=r"--log-dir .*/file/logs: cannot be made: Not a directory"):
+        WorkerCommands(settings, Path("/m"), tmp_path, "ipc:///x", "t")
+
+
 def test_the_plan_tells_how_much_kv_can_be_on_its_way():
     def described(*flags):
         settings = load(*flags)

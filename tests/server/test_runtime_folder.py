@@ -28,5 +28,5 @@ def test_it_is_private_locked_and_removed(place):
 
 def test_nowhere_to_make_it_is_said(place, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(place / "missing"))
-    with pytest.raises(SettingsError, match="missing.*set TMPDIR"), runtime_folder():
+    with pytest.raises(SettingsError, match=r"missing.*set TMPDIR"), runtime_folder():
         pass

@@ -95,6 +95,15 @@ def test_the_cache_is_where_xdg_says(monkeypatch):
     assert default_cache_dir() == Path("/home/me/.cache/trtserve")
 
 
+@pytest.mark.parametrize("name", [DEFAULT_MODEL, "~/model", "~nobody-of-that-name/model"])
+def test_a_user_without_a_home_is_told_what_to_do(name, monkeypatch):
+    for variable in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("os.getuid", lambda: 2**31 - 7)  # as in a container with --user
+    with pytest.raises(ModelError, match="no home folder"):
+        resolve_model(name)
+
+
 def test_the_default_model_needs_no_network_once_it_is_there(default_model, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     model = resolve_model(DEFAULT_MODEL)

@@ -1,8 +1,10 @@
 """The decision log: whole records, and the server never waits for its disk."""
 
 from array import array
+from pathlib import Path
 
 import msgspec
+import pytest
 
 from trtserve.plugins.api import EngineInfo, Request, RequestId, Role, SamplingParams, WorkerId
 from trtserve.plugins.blocks import block_hashes
@@ -56,3 +58,10 @@ def test_what_the_disk_cannot_take_is_dropped_and_counted(tmp_path, monkeypatch)
     with log:
         pass
     assert len((tmp_path / "decisions.jsonl").read_bytes().splitlines()) == 2
+
+
+@pytest.mark.parametrize("number", [1, 100])
+def test_a_disk_that_is_full_is_told_and_ends_nothing(number, caplog):
+    with DecisionLog(Path("/dev/full"), "kv") as log:
+        decide(log, number)
+    assert caplog.text.count("cannot be written any more") == 1

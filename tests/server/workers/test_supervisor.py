@@ -54,6 +54,18 @@ async def test_a_program_that_is_not_there(supervision, tmp_path):
     assert "could not be started" in str(await supervision.failure())
 
 
+async def test_a_log_that_cannot_be_kept_ends_no_server(supervision, tmp_path, caplog):
+    supervision.start("join(); time.sleep(60)")
+    await supervision.ready()
+    (tmp_path / "agg-0.previous.log").mkdir()  # in the way
+    (tmp_path / "agg-0.previous.log" / "file").touch()
+    os.kill(supervision.supervisor.processes[WorkerId("agg-0")].pid, signal.SIGKILL)
+    await until(lambda: "could not be started: [Errno" in caplog.text)
+    (tmp_path / "agg-0.previous.log" / "file").unlink()
+    (tmp_path / "agg-0.previous.log").rmdir()
+    await supervision.ready()
+
+
 async def test_a_refused_worker_is_not_started_again(supervision):
     supervision.start("""
         say(msgspec.structs.replace(HELLO, model_fingerprint="other"))

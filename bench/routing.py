@@ -19,7 +19,8 @@ from trtserve.plugins.api import EngineInfo, PassStats, Request, RequestId, Role
 from trtserve.plugins.blocks import block_hashes
 from trtserve.plugins.manager import PluginManager
 from trtserve.plugins.routing_api import HeldRequest, Plan, PolicyConfig, RoutingPolicy, RoutingState
-from trtserve.server.router.core import Booking, RoutingCore
+from trtserve.server.router.bookings import Booking
+from trtserve.server.router.core import RoutingCore
 
 GOALS_US = {8: 100.0, 64: 300.0}
 BLOCK_SIZE = 64

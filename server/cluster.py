@@ -28,7 +28,8 @@ from trtserve.server.errors import Overloaded
 from trtserve.server.hand_over import EXTEND_S, ServerHandOver
 from trtserve.server.metrics import LinkSample, Metrics, ServerSample, WorkerSample
 from trtserve.server.requests import LiveRequests
-from trtserve.server.router.core import Booking, IndexCheck
+from trtserve.server.router.bookings import Booking
+from trtserve.server.router.core import IndexCheck
 from trtserve.server.router.router import Router, ServerBooking
 from trtserve.server.router.transfer_times import TransferTimes
 from trtserve.server.workers.client import WorkerClient, WorkerState

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from trtserve.plugins.api import RequestId
 from trtserve.server.api.asgi import Headers, Scope
 from trtserve.server.cluster import ServerCluster
-from trtserve.server.router.core import Booking
+from trtserve.server.router.bookings import Booking
 
 _WANTED = (b"1", b"true")
 _MOST_SEQUENCES = 16

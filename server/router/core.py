@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
@@ -24,8 +24,9 @@ from trtserve.plugins.routing_api import (
     RoutingState,
     WorkerView,
 )
+from trtserve.server.router.bookings import Booking, Worker
 from trtserve.server.router.feed import Change, EventFeed, RoutedBlocks
-from trtserve.server.router.index import Overlaps, PrefixIndex, Reservation
+from trtserve.server.router.index import Overlaps, PrefixIndex
 from trtserve.server.router.speeds import PassTimeModel
 from trtserve.server.router.traffic import EvictionAge, Traffic
 from trtserve.server.router.worker_load import Booked, TrackedLoad
@@ -47,52 +48,6 @@ brings."""
 
 _LONGEST_REST_S = 0.01
 """A longer one would leave workers idle."""
-
-
-@dataclass(slots=True, eq=False)
-class Worker:
-    """All that the router keeps of one ready worker."""
-
-    tracked: TrackedLoad
-    feed: EventFeed | None  # engines that publish events
-    routed: RoutedBlocks | None  # engines that do not
-    eviction: EvictionAge
-    bookings: dict[RequestId, Booking] = field(default_factory=dict)
-    is_draining: bool = False  # takes no more requests; see `RoutingCore.drain`
-
-    @property
-    def view(self) -> WorkerView:
-        """With all that is estimated."""
-        return self.tracked.view
-
-    @property
-    def counts(self) -> WorkerView:
-        """The same object with what is counted only, which costs nothing."""
-        return self.tracked.counts
-
-
-@dataclass(slots=True, eq=False)
-class Booking:
-    """One request on one worker, from the decision until `RoutingCore.ended`."""
-
-    worker: Worker
-    booked: Booked
-    held_s: float
-    cost_ms: float | None
-    reservation: Reservation | None  # of the blocks it is about to create
-    cached_tokens: int | None = None  # as the worker told with the first token
-
-    @property
-    def request(self) -> Request:
-        return self.booked.request
-
-    @property
-    def worker_id(self) -> WorkerId:
-        return self.worker.counts.worker_id
-
-    @property
-    def predicted_cached_tokens(self) -> int:
-        return len(self.request.prompt) - self.booked.uncached_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from trtserve.server.router.core import RoutingCore, Worker
+from trtserve.server.router.bookings import Worker
+from trtserve.server.router.core import RoutingCore
 
 
 def describe(core: RoutingCore, policy: str, now_s: float) -> dict[str, Any]:

@@ -14,7 +14,8 @@ from typing import Any, NoReturn, Self
 from trtserve.plugins.api import EngineInfo, PassStats, Prediction, Request, RequestId, Role, WorkerId, WorkerLoad
 from trtserve.server.errors import Overloaded
 from trtserve.server.metrics import Metrics
-from trtserve.server.router.core import Booking, IndexCheck, RoutingCore
+from trtserve.server.router.bookings import Booking
+from trtserve.server.router.core import IndexCheck, RoutingCore
 from trtserve.server.router.description import describe
 from trtserve.server.router.feed import Change
 

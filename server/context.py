@@ -29,5 +29,6 @@ def context_limits(workers: Iterable[tuple[Role, EngineInfo]]) -> ContextLimits 
 
 
 def longest_prompt(info: EngineInfo) -> int:
+    """Tokens of the longest prompt that an engine computes."""
     longest = info.max_seq_len - 1
     return longest if info.max_prompt_tokens is None else min(longest, info.max_prompt_tokens)

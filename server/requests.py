@@ -73,6 +73,7 @@ class LiveRequests:
         return len(self._by_id)
 
     def new_sequence_id(self) -> RequestId:
+        """From 1 on, never given twice."""
         self._next += 1
         return RequestId(self._next)
 
@@ -109,6 +110,7 @@ class LiveRequests:
         return live is not None
 
     def cancel_all(self, reason: ServeError) -> None:
+        """Every live request ends with this error."""
         for live in list(self._by_id.values()):
             live.cancel(reason)
 

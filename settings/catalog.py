@@ -20,6 +20,7 @@ class Profile:
 
     @property
     def summary(self) -> str:
+        """Its first line, a comment."""
         return self.text.partition("\n")[0].lstrip("# ")
 
 
@@ -29,6 +30,7 @@ def profiles() -> list[Profile]:
 
 
 def find_profile(name: str) -> Profile | None:
+    """By name, with or without .yaml; None: there is none."""
     return next((profile for profile in profiles() if profile.name == name.removesuffix(_SUFFIX)), None)
 
 

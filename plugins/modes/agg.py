@@ -9,6 +9,8 @@ from trtserve.plugins.hooks import hookimpl
 
 
 class AggregatedMode:
+    """One worker of the role agg for each request."""
+
     def __init__(self, workers: int) -> None:
         self._workers = workers
 

@@ -63,6 +63,8 @@ class Kept:
 
 
 class DisaggregatedMode:
+    """A prefill and a decode worker for each request, or the decode worker alone where that is cheaper."""
+
     def __init__(self, config: ModeConfig) -> None:
         self._roles = {Role.PREFILL: config.prefill_workers, Role.DECODE: config.decode_workers}
         self._policy = config.disagg_policy

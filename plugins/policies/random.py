@@ -17,6 +17,8 @@ from trtserve.plugins.routing_api import (
 
 
 class RandomChoice:
+    """Each request to any worker with a free slot, drawn by the seed."""
+
     uses_prefixes = False
 
     def __init__(self, seed: int) -> None:

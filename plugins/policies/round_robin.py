@@ -17,6 +17,8 @@ from trtserve.plugins.routing_api import (
 
 
 class RoundRobin:
+    """Each request to the next worker in turn that has a free slot."""
+
     uses_prefixes = False
 
     def __init__(self) -> None:

@@ -11,6 +11,7 @@ _MODULES = ("ucx/libuct_ib*.so*", "*/ucx/libuct_ib*.so*")
 
 
 def has_devices(devices: Path = _DEVICES) -> bool:
+    """Whether this machine has any InfiniBand or RoCE device."""
     return devices.is_dir() and any(devices.iterdir())
 
 

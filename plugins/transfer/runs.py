@@ -23,6 +23,7 @@ class Run(NamedTuple):
 
 
 def bytes_of(runs: Iterable[Run]) -> int:
+    """Of all runs together."""
     return sum(run.num_bytes for run in runs)
 
 

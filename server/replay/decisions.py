@@ -51,6 +51,7 @@ class Comparison:
     changes: list[Change] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
+        """JSON-able, without the single changes."""
         names = ("decisions", "requests", "same", "elsewhere", "held")
         figures: dict[str, Any] = {name: getattr(self, name) for name in names}
         figures["overlap_blocks"] = {"recorded": self.recorded_overlap_blocks, "instead": self.instead_overlap_blocks}

@@ -8,6 +8,7 @@ from trtserve.server.replay.measures import Moves, ReplayResult
 
 
 def table(result: ReplayResult) -> str:
+    """The figures of one replay, for people."""
     ttft, e2e, moves = result.ttft, result.e2e, result.moves
     rows = [
         ("", "mean", "p50", "p90", "p99", "max"),

@@ -92,6 +92,7 @@ class PrefixIndex:
         return self._workers[slot].stored.keys()
 
     def num_stored(self, slot: int) -> int:
+        """Blocks that a worker has."""
         return len(self._workers[slot].stored)
 
     def num_reserved(self, slot: int) -> int:

@@ -10,6 +10,7 @@ from trtserve.settings.schema import PinnedEstimates
 
 
 def pinned_traffic(pinned: PinnedEstimates) -> TrafficOptions:
+    """What of the traffic is not to be learnt."""
     return TrafficOptions(pinned.output_tokens, pinned.reuse_probability, pinned.block_life)
 
 

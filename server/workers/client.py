@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerState(StrEnum):
+    """Of the process behind a worker's id."""
+
     STARTING = "starting"  # no process, or one that loads
     READY = "ready"
     GONE = "gone"  # ended or given up; a restart makes it STARTING

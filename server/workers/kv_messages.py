@@ -187,6 +187,7 @@ def rows_of(packed: bytes) -> array[int]:
 
 
 def pack_rows(rows: Sequence[int]) -> bytes:
+    """int32[num_rows]; `rows_of` is the way back."""
     return array("i", rows).tobytes()
 
 

@@ -69,6 +69,7 @@ class Supervisor:
         self.processes: dict[WorkerId, WorkerProcess] = {}
 
     async def run(self, clients: Sequence[WorkerClient]) -> None:
+        """Keep a process for each of these workers until cancelled, which ends all of them. Errors come in a group."""
         async with asyncio.TaskGroup() as group:
             ours = frozenset(client.worker_id for client in clients)
             group.create_task(self._watch_guests(ours), name="watch-guests")
@@ -199,6 +200,7 @@ async def _shielded(work: object) -> None:
 
 
 def describe_exit(code: int) -> str:
+    """An exit code as `WorkerProcess.wait` gives it, in words."""
     if code >= 0:
         return f"ended with exit code {code}"
     try:

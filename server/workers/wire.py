@@ -95,16 +95,20 @@ class Heartbeat(msgspec.Struct, tag="alive", frozen=True, array_like=True):
 
 
 class Stored(msgspec.Struct, tag="stored", frozen=True, array_like=True):
+    """As `KVStored`, without the tokens."""
+
     parent: BlockHash | None
     hashes: bytes  # uint64[num_blocks]
 
 
 class Removed(msgspec.Struct, tag="removed", frozen=True, array_like=True):
+    """As `KVRemoved`."""
+
     hashes: bytes  # uint64[num_blocks]
 
 
 class Cleared(msgspec.Struct, tag="cleared", frozen=True, array_like=True):
-    pass
+    """As `KVCleared`."""
 
 
 WireEvent: TypeAlias = Stored | Removed | Cleared
@@ -190,6 +194,8 @@ class Refused(msgspec.Struct, tag="refused", frozen=True, array_like=True):
 
 
 class Submit(msgspec.Struct, tag="submit", frozen=True, array_like=True):
+    """A request; ends with exactly one finish reason."""
+
     request_id: RequestId
     prompt: bytes  # int32[num_prompt_tokens]
     sampling: SamplingParams
@@ -202,6 +208,8 @@ class Submit(msgspec.Struct, tag="submit", frozen=True, array_like=True):
 
 
 class Cancel(msgspec.Struct, tag="cancel", frozen=True, array_like=True):
+    """A request is not wanted any more."""
+
     request_id: RequestId
 
 
@@ -229,6 +237,7 @@ class WireError(ValueError):
 
 
 def encode(message: FromWorker | ToWorker) -> bytes:
+    """One ZeroMQ frame."""
     return _encoder.encode(message)
 
 
@@ -250,6 +259,7 @@ def batch_of(encoded: Sequence[bytes]) -> bytes:
 
 
 def decode_to_worker(data: bytes) -> ToWorker:
+    """Raises WireError for anything else."""
     try:
         return _to_worker.decode(data)  # type: ignore[no-any-return]
     except _UNDECODABLE as error:
@@ -260,6 +270,7 @@ def decode_to_worker(data: bytes) -> ToWorker:
 
 
 def submit_of(request: Request, *, keep_kv: bool = False) -> Submit:
+    """keep_kv: as `Submit.keep_kv`, beside what the request says itself."""
     return Submit(
         request.id,
         request.prompt.tobytes(),
@@ -302,6 +313,7 @@ def check_descriptor(handle: KVHandle) -> None:
 
 
 def token_ids_of(packed: bytes) -> TokenIds:
+    """Raises ValueError for half a token."""
     ids = array("i")
     ids.frombytes(packed)
     return ids
@@ -358,6 +370,7 @@ def _detail_of(output: Output) -> Detail:
 
 
 def event_of(event: KVEvent) -> WireEvent:
+    """As it travels."""
     match event:
         case KVStored():
             return Stored(event.parent, array("Q", [block.hash for block in event.blocks]).tobytes())

@@ -42,6 +42,7 @@ class Row:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Print the table; returns the exit code. docs/first_gpu_run.md has both."""
     parser = argparse.ArgumentParser(prog="check_api", description="Look every name of ours up in TensorRT-LLM.")
     parser.add_argument("--source", type=Path, metavar="CHECKOUT", help="a checkout; default: what is installed")
     given = parser.parse_args(arguments)

@@ -24,14 +24,17 @@ class Facts:
     options: TensorRTLLMOptions
 
     def number(self, name: str, default: int) -> int:
+        """An argument, or the default where it is no integer."""
         value = self.arguments.get(name)
         return value if isinstance(value, int) else default
 
     def inner(self, name: str) -> Mapping[str, Any]:
+        """As `inner`, of the arguments."""
         return inner(self.arguments, name)
 
     @property
     def world_size(self) -> int:
+        """GPUs of one worker."""
         sizes = ("tensor_parallel_size", "pipeline_parallel_size", "context_parallel_size")
         product = 1
         for name in sizes:
@@ -54,19 +57,23 @@ class Facts:
 
     @property
     def longest_prompt(self) -> int | None:
+        """As `longest_prompt`, of the arguments."""
         return longest_prompt(self.arguments)
 
     @property
     def moves_kv(self) -> bool:
+        """Whether it takes part in a hand-over."""
         return self.config.role is not Role.AGG
 
 
 def inner(arguments: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """A block of arguments; empty where there is none."""
     value = arguments.get(name)
     return value if isinstance(value, Mapping) else {}
 
 
 def draft_length(arguments: Mapping[str, Any]) -> int:
+    """Tokens drafted for each sequence in a pass; 0: no speculation."""
     speculation = inner(arguments, "speculative_config")
     if not speculation:
         return 0
@@ -75,6 +82,7 @@ def draft_length(arguments: Mapping[str, Any]) -> int:
 
 
 def longest_prompt(arguments: Mapping[str, Any]) -> int | None:
+    """Tokens; None where the model alone bounds it."""
     longest = arguments.get("max_seq_len")
     return longest - 1 if isinstance(longest, int) else None
 

@@ -120,6 +120,7 @@ def answers(prefill: SideProcess, decode: SideProcess, only: frozenset[str]) -> 
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Ask the questions, print a line of JSON for each; returns the exit code."""
     parser = argparse.ArgumentParser(prog="first_run", description="Ask TensorRT-LLM on this machine what is open.")
     parser.add_argument("model", help="a Hugging Face folder or name; a small one will do")
     parser.add_argument("--backend", default="UCX", help="of the KV transceiver: UCX, NIXL, DEFAULT (default UCX)")

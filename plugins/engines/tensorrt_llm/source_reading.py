@@ -99,6 +99,7 @@ class Source:
         return frozenset(value for value in constants if isinstance(value, str))
 
     def has_class(self, class_name: str) -> bool:
+        """Whether the file that should hold the class does."""
         try:
             self._class(self.package / FILES[class_name], class_name)
         except NotFoundInSource:

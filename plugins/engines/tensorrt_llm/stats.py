@@ -70,6 +70,7 @@ class LoadBook:
         self.lost_kv_events = 0
 
     def submitted(self, request: Request) -> None:
+        """A request begins to wait."""
         self._lengths[request.id] = len(request.prompt)
         self._blocks += self._blocks_of(len(request.prompt))
 
@@ -85,6 +86,7 @@ class LoadBook:
         self._blocks += self._blocks_of(before + num_tokens) - self._blocks_of(before)
 
     def ended(self, request_id: RequestId) -> None:
+        """A request is over, however it ended."""
         self._running.discard(request_id)
         self._blocks -= self._blocks_of(self._lengths.pop(request_id))
 
@@ -100,6 +102,7 @@ class LoadBook:
         return drafted, kept
 
     def load(self) -> WorkerLoad:
+        """As counted so far."""
         return WorkerLoad(
             running=len(self._running),
             waiting=len(self._lengths) - len(self._running),

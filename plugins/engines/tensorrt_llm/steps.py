@@ -45,6 +45,7 @@ class StepReport:
             self._send_soon()
 
     def output(self, output: Output, rank: int) -> None:
+        """Goes with the next step of this rank."""
         self._ranks[rank].outputs.append(output)
         self._send_soon()
 

@@ -66,6 +66,7 @@ class Gather:
 
 
 def gather_of(copies: BlockCopies, own: Region, peer: Region) -> Gather:
+    """The kernel's arguments for one region of a plan."""
     return Gather(peer.address, own.address, copies.sources, copies.targets, peer.stride, own.stride, own.block_bytes)
 
 

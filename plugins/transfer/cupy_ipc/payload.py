@@ -23,10 +23,13 @@ class Allocation(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fi
     handle: Annotated[bytes, msgspec.Meta(min_length=HANDLE_BYTES, max_length=HANDLE_BYTES)]
 
     def holds(self, region: Region) -> bool:
+        """Whether a region lies within it."""
         return self.address <= region.address and region_end(region) <= self.address + self.num_bytes
 
 
 class Payload(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A worker's device, and the allocations that its regions lie in."""
+
     device_uuid: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
     allocations: Annotated[list[Allocation], msgspec.Meta(max_length=MAX_ALLOCATIONS)]
 

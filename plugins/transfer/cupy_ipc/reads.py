@@ -31,6 +31,8 @@ _SPIN_BYTES = 64 << 20
 
 @dataclass(slots=True, eq=False)
 class Read:
+    """One read under way, over when its event has come."""
+
     transfer_id: TransferId
     peer: CupyPeer
     num_bytes: int

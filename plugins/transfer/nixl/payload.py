@@ -32,6 +32,7 @@ def agent_name(worker_id: WorkerId, incarnation: int) -> str:
 
 
 def encode_payload(metadata: bytes) -> bytes:
+    """metadata: of the own agent, as NIXL gives it."""
     return msgspec.msgpack.encode(_Payload(metadata, zlib.crc32(metadata)))
 
 

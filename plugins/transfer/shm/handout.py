@@ -61,6 +61,7 @@ class DescriptorServer:
         self._thread.start()
 
     def close(self) -> None:
+        """Stop serving and remove the socket; takes as long as a peer that is being served."""
         self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread out of accept
         self._thread.join(2 * SEND_TIMEOUT_S)
         self._socket.close()
@@ -127,6 +128,7 @@ def receive_descriptors(runtime_dir: str, name: str, pid: int, timeout_s: float)
 
 
 def close_all(descriptors: Sequence[int]) -> None:
+    """Close descriptors that are owned here."""
     for descriptor in descriptors:
         os.close(descriptor)
 

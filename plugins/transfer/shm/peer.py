@@ -58,6 +58,7 @@ def holds(segment: OwnSegment | PeerSegment | SegmentPlace, region: Region) -> b
 
 
 def decode_payload(payload: bytes, peer: PeerInfo) -> Payload:
+    """Raises TransferError for what no shm transfer made."""
     try:
         return msgspec.msgpack.decode(payload, type=Payload)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -31,6 +31,7 @@ class Payload(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
 
 
 def encode_payload(ucx_version: str, address: bytes, rkeys: Sequence[bytes]) -> bytes:
+    """address: of the own UCX worker; rkeys: packed, one for each region, in order."""
     return msgspec.msgpack.encode(Payload(ucx_version, address, list(rkeys), _checksum(address, rkeys)))
 
 

@@ -48,7 +48,7 @@ from trtserve.server.workers.link import Link
 from trtserve.server.workers.pool import Expectation, WorkerPool
 from trtserve.server.workers.supervisor import Supervisor, SupervisorLimits, WorkerStartFailed
 from trtserve.server.workers.token import given_token
-from trtserve.settings.load import SettingsError
+from trtserve.settings.errors import SettingsError
 from trtserve.settings.schema import Settings
 
 logger = logging.getLogger(__name__)

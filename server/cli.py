@@ -13,10 +13,17 @@ from trtserve.plugins.manager import PluginError, PluginManager
 from trtserve.server.console import open_standard_descriptors, say, say_error
 from trtserve.server.exit_codes import ExitCode
 from trtserve.settings.catalog import profiles
-from trtserve.settings.load import SettingsError, load_settings
+from trtserve.settings.errors import SettingsError
+from trtserve.settings.load import load_settings
 from trtserve.settings.schema import Settings, WorkerSettings
 
 _COMMANDS = ("serve", "worker", "replay", "plugins", "profiles", "version")
+_ALONE = {
+    "plugins": "what is installed, and why something cannot be used",
+    "profiles": "the settings files that are shipped, for --config NAME",
+    "version": "the version",
+}
+"""Commands that take no arguments."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     open_standard_descriptors()
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = given.pop(0) if given and given[0] in _COMMANDS else "serve"
+    if command == "serve" and given[:1] == ["--version"]:
+        command, given = "version", given[1:]
     try:
+        if command in _ALONE and given:
+            return _alone(command, given)
         match command:
             case "worker":
                 return _worker(given)
@@ -109,6 +120,13 @@ def _worker(arguments: list[str]) -> int:
         return ExitCode.USAGE
 
 
+def _alone(command: str, given: list[str]) -> int:
+    if given[0] in ("-h", "--help"):
+        print(f"trtserve {command}: {_ALONE[command]}")
+        return ExitCode.OK
+    raise SettingsError(f"{command} takes no arguments, and {given[0]} was given")
+
+
 def _plugins() -> int:
     for status in PluginManager().statuses():
         say(f"{status.kind:9} {status.name:16} {status.package:20} {status.problem or 'ok'}")
@@ -123,7 +141,7 @@ def _profiles() -> int:
 
 def read_api_keys(settings: Settings) -> list[str]:
     """From the environment and the file, one a line. Raises SettingsError."""
-    keys = [] if settings.api_key is None else [settings.api_key.get_secret_value()]
+    keys = [] if settings.api_key is None else [settings.api_key.get_secret_value().strip()]
     path = settings.api_key_file
     if path is not None:
         keys += _keys_of(path)
@@ -132,10 +150,13 @@ def read_api_keys(settings: Settings) -> list[str]:
 
 def _keys_of(path: Path) -> list[str]:
     try:
-        lines = path.read_text().splitlines()
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"--api-key-file {path}: cannot be read: {error}") from error
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    keys = [line for line in lines if line and not line.startswith("#")]
+    for number, line in enumerate(lines, 1):
+        if line in keys and len(line.split()) > 1:
+            raise SettingsError(f"--api-key-file {path}: line {number} has a blank within; write one key a line")
     if not keys:
         # An empty file must not open the server to everybody.
         raise SettingsError(f"--api-key-file {path}: holds no key; write one a line")

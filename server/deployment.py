@@ -18,7 +18,7 @@ from trtserve.plugins.routing_api import PolicyConfig, RoutingPolicy
 from trtserve.server.engine_plans import describe_engine, gpus_of_workers, plan_engines
 from trtserve.server.workers.engine_config import VISIBLE_GPUS
 from trtserve.server.workers.token import given_token
-from trtserve.settings.load import SettingsError
+from trtserve.settings.errors import SettingsError
 from trtserve.settings.schema import RoleSettings, Settings
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from trtserve.plugins.api import EnginePlan, Role
 from trtserve.plugins.manager import PluginError, PluginManager
 from trtserve.server.workers.engine_config import VISIBLE_GPUS, engine_config
-from trtserve.settings.load import SettingsError
+from trtserve.settings.errors import SettingsError
 from trtserve.settings.schema import Settings
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from trtserve.settings.load import SettingsError
+from trtserve.settings.errors import SettingsError
 
 
 @contextmanager

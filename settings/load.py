@@ -4,50 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliSettingsSource, EnvSettingsSource, PydanticBaseSettingsSource
+from pydantic_settings import SettingsError as SourceError
 
-from trtserve.settings.catalog import find_profile, nearest_names
-from trtserve.settings.schema import Settings, WorkerSettings
-
-ALIASES = {
-    "max-model-len": "max-seq-len",
-    "max-batch-size": "max-num-seqs",
-    "max-num-batched-tokens": "max-num-tokens",
-    "tokens-per-block": "block-size",
-    "kv-block-size": "block-size",
-    "engine-option": "engine-options",
-    "router-option": "router-options",
-    "backend": "engine",
-}
-"""Other servers' names for the same things, so that a command line can be pasted."""
-
-OPTION_ALIASES = {
-    "extra-llm-api-options": "extra_llm_api_options",
-    "tensor-parallel-size": "tensor_parallel_size",
-    "tp-size": "tensor_parallel_size",
-    "pipeline-parallel-size": "pipeline_parallel_size",
-    "pp-size": "pipeline_parallel_size",
-    "ep-size": "moe_expert_parallel_size",
-    "kv-cache-free-gpu-memory-fraction": "kv_cache_free_gpu_memory_fraction",
-    "free-gpu-memory-fraction": "kv_cache_free_gpu_memory_fraction",
-}
-"""Flags of trtllm-serve that are engine options here: `--tp-size 4` is `--engine-options tensor_parallel_size=4`."""
+from trtserve.settings.config_file import read_config
+from trtserve.settings.errors import SettingsError
+from trtserve.settings.names import SECRETS, normalise
+from trtserve.settings.schema import MAPPINGS, SECTIONS, Settings, WorkerSettings
 
 PREFIX = "TRTSERVE_"
 
-SECRETS = ("api-key", "worker-token")
-"""Never accepted as flags: every user of the machine can read a command line."""
-
 AnySettings = TypeVar("AnySettings", bound=Settings)
-
-
-class SettingsError(Exception):
-    """The settings are wrong; the text names every bad field, its value and its limit."""
 
 
 def load_settings(model: type[AnySettings], arguments: Sequence[str]) -> AnySettings:
@@ -73,6 +43,10 @@ def load_settings(model: type[AnySettings], arguments: Sequence[str]) -> AnySett
     return settings
 
 
+_ALSO = """--config FILE has settings of these names in YAML, or is the name of a profile; TRTSERVE_ and a name is a
+variable; - and _ are alike. Other commands: trtserve worker, trtserve replay, trtserve plugins, trtserve profiles,
+trtserve version."""
+
 TRANSFER_VARIABLES = {"TRTLLM_USE_UCX_KVCACHE": "ucx", "TRTLLM_USE_NIXL_KVCACHE": "nixl"}
 """By which TensorRT-LLM's own examples choose the KV transfer; 1 means yes. A setting of ours comes first."""
 
@@ -88,40 +62,18 @@ def _transfer_of_the_environment() -> str | None:
 def _unknown_variables() -> list[str]:
     """A misspelt variable must not be ignored. Variables of the project's own tests are left alone."""
     known = {name.upper() for name in WorkerSettings.model_fields} | {"CONFIG"}
+    nested = {name.upper() for name in SECTIONS | MAPPINGS}
     names = (name for name in os.environ if name.upper().startswith(PREFIX) and not name.startswith(f"{PREFIX}TEST_"))
-    return [
-        f"  {name}: no such setting (environment variable)"
-        for name in sorted(names)
-        if name.upper().removeprefix(PREFIX).partition("__")[0] not in known
-    ]
+    unknown = []
+    for name in sorted(names):
+        head, separator, _ = name.upper().removeprefix(PREFIX).partition("__")
+        if head not in (nested if separator else known):
+            unknown.append(f"  {name}: no such setting (environment variable)")
+    return unknown
 
 
 def _heading(lines: list[str]) -> list[str]:
     return [f"{len(lines)} bad setting{'s' if len(lines) > 1 else ''}:", *lines]
-
-
-def normalise(arguments: Sequence[str]) -> list[str]:
-    """`--Served_Model-name=x` → `--served-model-name=x`, aliases resolved, secrets refused."""
-    flags: list[str] = []
-    pending = iter(arguments)
-    for argument in pending:
-        if argument == "--":
-            return [*flags, argument, *pending]
-        if not argument.startswith("--"):
-            flags.append(argument)
-            continue
-        name, equals, value = argument[2:].partition("=")
-        name = name.replace("_", "-")
-        name = ALIASES.get(name, name)
-        if name in OPTION_ALIASES:
-            value = value if equals else next(pending, "")
-            flags.append(f"--engine-options={OPTION_ALIASES[name]}={value}")
-            continue
-        if name in SECRETS:
-            variable = "TRTSERVE_" + name.replace("-", "_").upper()
-            raise SettingsError(f"--{name}: secrets do not belong on a command line; use --{name}-file or {variable}")
-        flags.append(f"--{name}{equals}{value}")
-    return flags
 
 
 def _take_config(flags: list[str]) -> tuple[list[str], str | None]:
@@ -140,38 +92,24 @@ def _take_config(flags: list[str]) -> tuple[list[str], str | None]:
     return rest, path
 
 
-def read_config(path: str) -> dict[str, Any]:
-    """A YAML file's mapping, or a shipped profile's where there is no such file, with the flags' names as keys. Raises
-    SettingsError."""
-    profile = None if Path(path).is_file() else find_profile(path)
-    try:
-        content = yaml.safe_load(Path(path).read_text() if profile is None else profile.text)
-    except OSError as error:
-        meant = f", and no profile; `trtserve profiles` lists them{_or_meant(path)}"
-        raise SettingsError(f"--config {path}: {error.strerror}{meant}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SettingsError(f"--config {path}: not YAML: {error}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise SettingsError(f"--config {path}: must hold a mapping of settings, not a {type(content).__name__}")
-    settings: dict[str, Any] = {}
-    for key, value in content.items():
-        name = _field_name(str(key))
-        if name in settings:
-            raise SettingsError(f"--config {path}: {key} sets {name.replace('_', '-')}, which it has set before")
-        settings[name] = value
-    return settings
+class _Variables(EnvSettingsSource):
+    """A mapping that cannot be read stays a text, so that validation names it along with whatever else is wrong."""
+
+    def decode_complex_value(self, field_name: str, field: Any, value: Any) -> Any:
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
 
 
-def _or_meant(name: str) -> str:
-    names = nearest_names(name)
-    return f" (perhaps {', '.join(names)})" if names else ""
+class _Flags(_Variables, CliSettingsSource[Any]):
+    """As variables."""
 
-
-def _field_name(key: str) -> str:
-    dashed = key.replace("_", "-")
-    return ALIASES.get(dashed, dashed).replace("-", "_")
+    def _merge_parsed_list(self, parsed_list: list[str], field_name: str) -> str:
+        try:
+            return super()._merge_parsed_list(parsed_list, field_name)
+        except SourceError:
+            return ", ".join(parsed_list)
 
 
 class _FileSource(PydanticBaseSettingsSource):
@@ -201,14 +139,16 @@ def _with_sources(model: type[AnySettings], flags: list[str], from_file: dict[st
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            command_line: CliSettingsSource[Any] = CliSettingsSource(
-                settings_cls, cli_parse_args=flags, cli_prog_name="trtserve", cli_exit_on_error=True
-            )
-            return command_line, EnvSettingsSource(settings_cls), _FileSource(settings_cls, from_file)
+            command_line = _Flags(settings_cls, cli_parse_args=flags, cli_prog_name="trtserve", cli_exit_on_error=True)
+            return command_line, _Variables(settings_cls), _FileSource(settings_cls, from_file)
 
     Layered.__name__ = model.__name__
-    Layered.__doc__ = model.__doc__
+    Layered.__doc__ = f"{model.__doc__} {_ALSO}"  # what --help begins with
     return Layered
+
+
+_MAPPING_TYPES = ("dict_type", "model_type")
+_NO_MAPPING = "must be names with values: name=value as a flag, a JSON object as a variable, a mapping in YAML"
 
 
 def describe(error: ValidationError, config_path: str | None) -> list[str]:
@@ -221,7 +161,7 @@ def describe(error: ValidationError, config_path: str | None) -> list[str]:
         elif item["type"] == "missing":
             lines.append(f"  {path}: is required")
         else:
-            message = item["msg"].removeprefix("Value error, ")
+            message = _NO_MAPPING if item["type"] in _MAPPING_TYPES else item["msg"].removeprefix("Value error, ")
             is_secret = any(str(part).replace("_", "-") in SECRETS for part in item["loc"])
             value = "" if item["loc"] == () or is_secret else f" (got {item['input']!r:.100})"
             lines.append(f"  {path}: {message}{value}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, StringConstraints, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliPositionalArg, CliSuppress, SettingsConfigDict
 
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -202,6 +202,13 @@ class Settings(BaseSettings):
             raise ValueError("num_blocks and kv_cache_gib both say how large the KV cache is; give one of them")
         return self
 
+    @field_validator("api_key", "worker_token")
+    @classmethod
+    def _is_secret(cls, secret: SecretStr | None) -> SecretStr | None:
+        if secret is not None and not secret.get_secret_value().strip():
+            raise ValueError("is empty, which anyone can guess; give a secret, or unset the variable")
+        return secret
+
     @model_validator(mode="after")
     def _one_device_source(self) -> Settings:
         if self.gpus is not None and self.device not in ("auto", "cuda"):
@@ -216,6 +223,13 @@ class Settings(BaseSettings):
                 f"kv_transfer_tokens {tokens} is not 1 to {MAX_TRANSFER_ROWS} KV blocks of {self.block_size} tokens"
             )
         return self
+
+
+SECTIONS = frozenset({"prefill", "decode", "pinned_estimates"})
+"""Settings that hold settings."""
+
+MAPPINGS = frozenset({"engine_options", "router_options"})
+"""Settings that hold a plugin's own options, by name."""
 
 
 class WorkerSettings(Settings):

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from trtserve.server.cli import main
-from trtserve.settings.load import ALIASES, OPTION_ALIASES, load_settings
+from trtserve.settings.load import load_settings
+from trtserve.settings.names import ALIASES, OPTION_ALIASES
 from trtserve.settings.schema import WorkerSettings
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from trtserve.server.cli import main
-from trtserve.settings.load import ALIASES, OPTION_ALIASES, load_settings
+from trtserve.settings.load import load_settings
+from trtserve.settings.names import ALIASES, OPTION_ALIASES
 from trtserve.settings.schema import WorkerSettings
 
 DOCUMENT = (Path(__file__).parents[1] / "docs" / "operations.md").read_text(encoding="utf-8")

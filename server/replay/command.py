@@ -27,7 +27,8 @@ from trtserve.server.replay.run import ReplayOptions, replay
 from trtserve.server.replay.tables import sweep_table, table
 from trtserve.server.replay.trace import BLOCK_SIZE, TraceError, read_trace
 from trtserve.server.replay.virtual_time import Deadlock
-from trtserve.settings.load import SettingsError, normalise
+from trtserve.settings.errors import SettingsError
+from trtserve.settings.names import normalise
 from trtserve.settings.schema import PinnedEstimates
 
 _MOST_CHANGES = 20

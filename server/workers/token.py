@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trtserve.settings.load import SettingsError
+from trtserve.settings.errors import SettingsError
 from trtserve.settings.schema import Settings
 
 

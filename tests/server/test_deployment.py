@@ -15,7 +15,8 @@ from trtserve.server.deployment import (
     make_plan,
     with_usable_transfer,
 )
-from trtserve.settings.load import SettingsError, load_settings
+from trtserve.settings.errors import SettingsError
+from trtserve.settings.load import load_settings
 from trtserve.settings.schema import Settings, WorkerSettings
 
 

@@ -10,7 +10,8 @@ import pytest
 from trtserve.plugins.api import Role
 from trtserve.plugins.manager import PluginError, PluginManager
 from trtserve.server.deployment import WorkerCommands, describe_plan, make_plan
-from trtserve.settings.load import SettingsError, load_settings
+from trtserve.settings.errors import SettingsError
+from trtserve.settings.load import load_settings
 from trtserve.settings.schema import Settings, WorkerSettings
 
 FOUR = "--tp-size=4"

@@ -9,7 +9,8 @@ import yaml
 
 from trtserve.server.cli import main
 from trtserve.settings.catalog import find_profile, profiles
-from trtserve.settings.load import SettingsError, read_config
+from trtserve.settings.config_file import read_config
+from trtserve.settings.errors import SettingsError
 
 # name: GPUs of a worker of each role, and whether the server itself starts it
 SHAPES = {

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from trtserve.server.runtime_folder import runtime_folder
-from trtserve.settings.load import SettingsError
+from trtserve.settings.errors import SettingsError
 
 
 @pytest.fixture(autouse=True)

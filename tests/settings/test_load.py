@@ -4,7 +4,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trtserve.settings.load import ALIASES, OPTION_ALIASES, SettingsError, normalise
+from trtserve.settings.errors import SettingsError
+from trtserve.settings.names import ALIASES, OPTION_ALIASES, normalise
 from trtserve.settings.schema import Settings, WorkerSettings
 
 FIELDS = {
@@ -91,6 +92,51 @@ def test_every_bad_field_is_named_at_once(load):
 def test_a_misspelt_variable_is_refused(load, name):
     with pytest.raises(SettingsError, match=f"TRTSERVE_{name}: no such setting"):
         load(variables={name: "1"})
+
+
+@pytest.mark.parametrize("name", ["PORT__FOO", "MODEL__", "API_KEY__X"])
+def test_a_variable_below_a_setting_that_has_nothing_below_is_refused(load, name):
+    with pytest.raises(SettingsError, match=f"TRTSERVE_{name}: no such setting"):
+        load(variables={name: "1"})
+
+
+MAPPINGS = [
+    ("ENGINE_OPTIONS", "engine-options"),
+    ("PREFILL", "prefill"),
+    ("DECODE__ENGINE_OPTIONS", "decode.engine-opt"),
+]
+
+
+@pytest.mark.parametrize("value", ["abc", '{"a":', "[1]", ""])
+@pytest.mark.parametrize(("name", "path"), MAPPINGS)
+def test_a_mapping_that_is_none_is_named_with_all_else(load, name, path, value):
+    with pytest.raises(SettingsError) as caught:
+        load(variables={name: value, "PORT": "x"})
+    assert str(caught.value).startswith("2 bad settings:")
+    assert f"  {path}" in str(caught.value) and repr(value) in str(caught.value).replace("[1]", "'[1]'")
+
+
+@pytest.mark.parametrize("value", ["abc", '{"a":', "a=1,b"])
+@pytest.mark.parametrize("path", ["engine-options", "router-options", "prefill", "decode.engine-options"])
+def test_so_is_a_flag_that_is_no_mapping(load, path, value):
+    with pytest.raises(SettingsError) as caught:
+        load(f"--{path}", value, "--port=x")
+    assert str(caught.value).startswith("2 bad settings:")
+    assert f"  {path}: " in str(caught.value) and value in str(caught.value)
+
+
+@pytest.mark.parametrize("flags", [["--tp-size"], ["--tp-size", "--port=3"], ["--ep_size="]])
+def test_a_flag_of_trtllm_serve_needs_its_value(flags):
+    with pytest.raises(SettingsError, match=r"--[te]p-size: needs a value"):
+        normalise(flags)
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+@pytest.mark.parametrize("name", ["API_KEY", "WORKER_TOKEN"])
+def test_a_secret_that_is_empty_is_refused(load, name, value):
+    """An empty key would ask for one and open to `Authorization: Bearer`."""
+    with pytest.raises(SettingsError, match=f"{name.lower().replace('_', '-')}: .*empty"):
+        load(variables={name: value})
 
 
 @pytest.mark.parametrize("name", ["CONFIG", "TEST_ANYTHING", "CONNECT", "WORKER_ID", "ENGINE_OPTIONS__DEEP__ER"])

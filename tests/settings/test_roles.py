@@ -2,7 +2,7 @@
 
 import pytest
 
-from trtserve.settings.load import SettingsError
+from trtserve.settings.errors import SettingsError
 from trtserve.settings.roles import for_role, laid_over
 
 FILE = {

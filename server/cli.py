@@ -10,7 +10,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from trtserve.plugins.manager import PluginError, PluginManager
-from trtserve.server.console import open_standard_descriptors, say, say_error
+from trtserve.server.console import say, say_error
+from trtserve.server.descriptors import allow_many_descriptors, open_standard_descriptors
 from trtserve.server.exit_codes import ExitCode
 from trtserve.settings.catalog import profiles
 from trtserve.settings.errors import SettingsError
@@ -82,6 +83,7 @@ def _serve(arguments: list[str]) -> int:
     from trtserve.server.workers.link import EndpointError
 
     keep_free_memory_small()
+    allow_many_descriptors()
     try:
         bound = bind(settings.host, settings.port)
     except AddressError as error:

@@ -29,13 +29,3 @@ def _write(stream: TextIO | None, text: str) -> None:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)
-
-
-def open_standard_descriptors() -> None:
-    """Where 0, 1 or 2 is closed, put /dev/null there. Else the next file or socket would get that number, which libuv
-    takes for a defect: it aborts the process when it is to close one of them. Call before anything is opened."""
-    for descriptor in range(3):
-        try:
-            os.fstat(descriptor)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one

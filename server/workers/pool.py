@@ -167,7 +167,8 @@ class WorkerPool:
     def _hello(self, identity: bytes, hello: wire.Hello) -> None:
         reason = self._objection(hello)
         if reason is not None:
-            logger.error("refused worker %s: %s", hello.worker_id, reason)
+            # It may be anybody, who says anything.
+            logger.error("refused worker %.100r: %.500r", hello.worker_id, reason)
             self._send(identity, wire.Refused(reason))
             return
         client = self._clients.get(hello.worker_id) or self.add(hello.worker_id, hello.role)

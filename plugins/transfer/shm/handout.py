@@ -26,6 +26,8 @@ SEND_TIMEOUT_S = 1.0
 STALE_AFTER_S = 60.0
 """A socket younger than this may be one that is bound and does not listen yet."""
 
+_PAUSE_S = 0.1
+
 _MAX_PATH_BYTES = 107  # sun_path of Linux, less its zero byte
 
 
@@ -46,6 +48,7 @@ class DescriptorServer:
         self.name = f"shm-{who[:16]}.sock"
         self._path = socket_path(config.runtime_dir, self.name)
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._is_closing = False
         self._thread = Thread(target=self._serve, name="shm-handout", daemon=True)
 
     def start(self) -> None:
@@ -62,6 +65,7 @@ class DescriptorServer:
 
     def close(self) -> None:
         """Stop serving and remove the socket; takes as long as a peer that is being served."""
+        self._is_closing = True
         self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread out of accept
         self._thread.join(2 * SEND_TIMEOUT_S)
         self._socket.close()
@@ -72,7 +76,10 @@ class DescriptorServer:
             try:
                 connection, _ = self._socket.accept()
             except OSError:
-                return
+                if self._is_closing:
+                    return
+                time.sleep(_PAUSE_S)  # no descriptor is free, say: peers try again, and so does this
+                continue
             with connection:
                 self._hand_out(connection)
 

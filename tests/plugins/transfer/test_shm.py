@@ -3,6 +3,7 @@
 import fcntl
 import mmap
 import os
+import resource
 import select
 import socket
 import stat
@@ -20,7 +21,7 @@ from trtserve.plugins.transfer import shm
 from trtserve.plugins.transfer.export import encode_export
 from trtserve.plugins.transfer.identity import peer_info
 from trtserve.plugins.transfer.shm import transfer as shm_transfer
-from trtserve.plugins.transfer.shm.handout import MAX_SEGMENTS, DescriptorServer
+from trtserve.plugins.transfer.shm.handout import GREETING, MAX_SEGMENTS, DescriptorServer
 from trtserve.plugins.transfer.shm.peer import Payload, SegmentPlace
 from trtserve.plugins.transfer_api import (
     BlockCopies,
@@ -227,6 +228,25 @@ def forged(runtime_dir, descriptors, places, regions=(), socket_name=None):
     server.start()
     payload = msgspec.msgpack.encode(Payload(socket_name or server.name, places))
     return server, peer_info(config), encode_export("shm", shm_transfer.VERSION, config, regions, payload)
+
+
+def test_a_lack_of_descriptors_passes(runtime_dir):
+    """What nobody could be handed while there was none free is handed out afterwards."""
+    server = DescriptorServer(TransferConfig(WorkerId("poor"), 1, runtime_dir))
+    server.start()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
+        peer.settimeout(0.2)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (peer.fileno() + 1, hard))
+            peer.connect(f"{runtime_dir}/{server.name}")
+            with pytest.raises(TimeoutError):
+                peer.recv(100)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        peer.settimeout(10)
+        assert peer.recv(100) == GREETING
+    server.close()
 
 
 def memfd(num_bytes, seals=0, is_sparse=False):

@@ -56,6 +56,14 @@ async def test_a_worker_that_does_not_fit_is_refused(house, changes, reason):
     assert house.pool[WorkerId("agg-0")].phase == "not started"
 
 
+async def test_who_is_refused_writes_no_lines_of_the_log(house, caplog):
+    peer = house.peer(worker_id="agg-0\nINFO all is well", token="x" * 10_000, trtserve_version="1\n" * 10_000)
+    for version in (wire.WIRE_VERSION, 0):
+        peer.say(msgspec.structs.replace(peer.hello, wire_version=version))
+        assert isinstance(await peer.hears(), wire.Refused)
+    assert all("\n" not in line and len(line) < 1000 for line in caplog.messages) and len(caplog.messages) == 2
+
+
 async def test_blocks_must_have_one_size(house):
     await house.worker()
     other = house.peer(worker_id="agg-1")

@@ -77,7 +77,7 @@ def test_a_command_is_understood(command, typed, capsys):
         case ["replay", *_]:
             assert main(arguments) == 2
             assert "No such file" in capsys.readouterr().err
-        case ["plugins" | "profiles"]:
+        case ["plugins" | "profiles" | "version" | "--version"]:
             assert main(arguments) == 0
         case _:
             assert main([*arguments, "--dry-run"]) == 0

@@ -71,6 +71,16 @@ def _starlette(serving: Serving) -> Starlette:
     async def openapi(request: Request) -> Response:
         return json_response(document)
 
+    def identified(handler: Handler) -> Handler:
+        """What it answers carries the request's id; errors get theirs in `_on_serve_error`."""
+
+        async def answered(request: Request) -> Response:
+            response = await handler(request)
+            response.headers["x-request-id"] = request_id_of(dict(request.scope))
+            return response
+
+        return answered
+
     def guarded(handler: Handler) -> Handler:
         async def checked(request: Request) -> Response:
             try:
@@ -80,7 +90,7 @@ def _starlette(serving: Serving) -> Starlette:
                 raise
             return await handler(request)
 
-        return checked
+        return identified(checked)
 
     routes = [
         Route("/v1/models", guarded(inspection.models)),
@@ -92,12 +102,12 @@ def _starlette(serving: Serving) -> Starlette:
         Route("/v1/requests/{request_id}", guarded(inspection.cancel), methods=["DELETE"]),
         *(Route(f"{prefix}/tokenize", guarded(tokenization.tokenize), methods=["POST"]) for prefix in ("", "/v1")),
         *(Route(f"{prefix}/detokenize", guarded(tokenization.detokenize), methods=["POST"]) for prefix in ("", "/v1")),
-        *(Route(path, inspection.live) for path in ("/live", "/healthz")),
-        *(Route(path, inspection.ready) for path in ("/ready", "/readyz")),
-        Route("/health", inspection.health),
-        Route("/version", inspection.version),
-        *(Route(path, inspection.metrics) for path in ("/metrics", "/prometheus/metrics")),
-        Route("/openapi.json", openapi),
+        *(Route(path, identified(inspection.live)) for path in ("/live", "/healthz")),
+        *(Route(path, identified(inspection.ready)) for path in ("/ready", "/readyz")),
+        Route("/health", identified(inspection.health)),
+        Route("/version", identified(inspection.version)),
+        *(Route(path, identified(inspection.metrics)) for path in ("/metrics", "/prometheus/metrics")),
+        Route("/openapi.json", identified(openapi)),
     ]
     handlers: dict[Any, Any] = {ServeError: _on_serve_error, HTTPException: _on_http_exception, Exception: _on_defect}
     return Starlette(routes=routes, exception_handlers=handlers)

@@ -98,6 +98,20 @@ def test_metrics_count_what_was_served(server):
     assert grown['trtserve_worker_generation_tokens_total{role="agg",worker="agg-0"}'] == 4
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        *[("GET", path) for path in ("/live", "/ready", "/health", "/version", "/metrics", "/openapi.json")],
+        *[("GET", "/v1/models"), ("GET", "/v1/workers"), ("POST", "/tokenize"), ("HEAD", "/v1/models/sim")],
+    ],
+)
+def test_every_answer_carries_the_requests_id(server, method, path):
+    content = b'{"prompt": "a"}' if method == "POST" else None
+    response = server.client.request(method, path, content=content, headers={"x-request-id": "mine"})
+    assert (response.status_code, response.headers["x-request-id"]) == (200, "mine")
+    assert len(server.client.request(method, path, content=content).headers["x-request-id"]) == 32
+
+
 def test_no_such_path(server):
     response = server.client.get("/v1/nothing", headers={"x-request-id": "mine"})
     assert (response.status_code, response.json()["error"]["code"]) == (404, "not_found")

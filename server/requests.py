@@ -18,19 +18,20 @@ class LiveRequest:
     A context manager, whose block is the request's life.
     """
 
-    __slots__ = ("_leave", "_task", "cancelled_s", "deadline_s", "key", "public_id", "reason")
+    __slots__ = ("_leave", "_task", "cancelled_s", "deadline_s", "number", "public_id", "reason")
 
     def __init__(
         self,
         public_id: str,
-        key: str,
+        number: int,
         task: asyncio.Task[object],
         deadline_s: float,
         leave: Callable[[LiveRequest], None],
     ) -> None:
-        """key: its own in the table. deadline_s: on the loop's clock. `leave` is called at its end."""
+        """number: its own, for clients may choose the same id. deadline_s: on the loop's clock. `leave` is called at
+        its end."""
         self.public_id = public_id
-        self.key = key
+        self.number = number
         self.deadline_s = deadline_s
         self.reason: ServeError | None = None
         self.cancelled_s: float | None = None  # time.monotonic()
@@ -62,7 +63,7 @@ class LiveRequests:
     def __init__(self, timeout_s: float = 600.0) -> None:
         self._timeout_s = timeout_s
         self._timer: asyncio.TimerHandle | None = None
-        self._by_id: dict[str, LiveRequest] = {}
+        self._live: dict[int, LiveRequest] = {}  # by number: the oldest first
         self._next = 0
         self._entered = 0
         self._idle = asyncio.Event()
@@ -70,7 +71,7 @@ class LiveRequests:
         self.draining = False
 
     def __len__(self) -> int:
-        return len(self._by_id)
+        return len(self._live)
 
     def new_sequence_id(self) -> RequestId:
         """From 1 on, never given twice."""
@@ -89,29 +90,28 @@ class LiveRequests:
         assert task is not None
         loop = task.get_loop()
         self._entered += 1
-        key = public_id if public_id not in self._by_id else f"{public_id} {self._entered}"
-        live = LiveRequest(public_id, key, task, loop.time() + self._timeout_s, self._left)
-        self._by_id[key] = live
+        live = LiveRequest(public_id, self._entered, task, loop.time() + self._timeout_s, self._left)
+        self._live[live.number] = live
         self._idle.clear()
         if self._timer is None:
             self._timer = loop.call_at(live.deadline_s, self._expire)
         return live
 
     def _left(self, live: LiveRequest) -> None:
-        del self._by_id[live.key]
-        if not self._by_id:
+        del self._live[live.number]
+        if not self._live:
             self._idle.set()
 
     def cancel(self, public_id: str, reason: ServeError) -> bool:
-        """False when no such request is live."""
-        live = self._by_id.get(public_id)
-        if live is not None:
+        """All that are live under this id, for clients may choose the same. False when there is none."""
+        found = [live for live in self._live.values() if live.public_id == public_id]
+        for live in found:
             live.cancel(reason)
-        return live is not None
+        return bool(found)
 
     def cancel_all(self, reason: ServeError) -> None:
         """Every live request ends with this error."""
-        for live in list(self._by_id.values()):
+        for live in list(self._live.values()):
             live.cancel(reason)
 
     def _expire(self) -> None:
@@ -119,7 +119,7 @@ class LiveRequests:
         self._timer = None
         loop = asyncio.get_running_loop()
         now_s = loop.time()
-        for live in list(self._by_id.values()):
+        for live in list(self._live.values()):
             if live.reason is not None:
                 continue
             if live.deadline_s > now_s:

@@ -69,10 +69,19 @@ async def test_two_clients_may_choose_the_same_id():
     live, reason = LiveRequests(), RequestCancelled("x")
     async with answering(live, "same", "same") as tasks:
         assert len(live) == 2
-        live.cancel("same", reason)
-        assert await tasks[0] is reason and not tasks[1].done()
-        live.cancel_all(reason)
-        assert await tasks[1] is reason
+        assert live.cancel("same", reason) and not live.cancel("same 2", reason)
+        assert [await task for task in tasks] == [reason, reason]
+    assert len(live) == 0 and not live.cancel("same", reason)
+
+
+async def test_the_second_under_an_id_is_found_when_the_first_is_over():
+    live, reason = LiveRequests(), RequestCancelled("x")
+    async with answering(live, "same") as firsts, answering(live, "same") as seconds:
+        firsts[0].cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await firsts[0]
+        assert live.cancel("same", reason)
+        assert await seconds[0] is reason
 
 
 async def test_idle_waits_for_the_last_one():

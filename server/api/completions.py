@@ -9,6 +9,7 @@ from trtserve.server.api.generation import Prepared
 from trtserve.server.api.rendering import CompletionShape
 from trtserve.server.api.schema import parse_completion
 from trtserve.server.api.serving import Serving
+from trtserve.server.text.detokenizer import Detokenizer
 
 
 async def prepare_completion(raw: bytes, serving: Serving) -> Prepared:
@@ -29,4 +30,8 @@ async def prepare_completion(raw: bytes, serving: Serving) -> Prepared:
         echoes += [echo if params.echo else ""] * params.n
     stages["validate"].observe(validated_s - started_s)
     stages["tokenize"].observe(time.perf_counter() - validated_s)
-    return Prepared(params, prompts, CompletionShape(serving.tokenizer, echoes))
+
+    def detokenizer(index: int) -> Detokenizer:
+        return serving.tokenizer.detokenizer(params.skip_special_tokens, prompts[index // params.n])
+
+    return Prepared(params, prompts, CompletionShape(serving.tokenizer, echoes, detokenizer))

@@ -15,6 +15,7 @@ import orjson
 from trtserve.plugins.api import TokenLogprob
 from trtserve.server.api.choice import Choice
 from trtserve.server.api.stream import EventStream
+from trtserve.server.text.detokenizer import Detokenizer
 from trtserve.server.text.text_stream import TextStream
 from trtserve.server.text.tokenizer import Tokenizer
 
@@ -183,14 +184,19 @@ class ChatShape:
 
 
 class CompletionShape:
-    """Legacy completions. `echoes[i]` is the prompt's text in front of choice i, "" where nothing is echoed."""
+    """Legacy completions."""
 
     chunk_kind = whole_kind = "text_completion"
 
-    def __init__(self, tokenizer: Tokenizer, echoes: Sequence[str]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, echoes: Sequence[str], detokenizers: Callable[[int], Detokenizer] | None = None
+    ) -> None:
+        """echoes[i]: the prompt's text in front of choice i, "" where nothing is echoed. detokenizers: makes one for
+        the tokens of choice i as its text has them; needed for logprobs only."""
         self._tokenizer = tokenizer
         self._echoes = echoes
-        self._offsets = [len(echo) for echo in echoes]
+        self._new_detokenizer = detokenizers
+        self._offsets: dict[int, tuple[int, Detokenizer]] = {}
 
     def empty_chunk_choice(self, index: int) -> dict[str, Any]:
         return {"index": index, "text": TEXT_MARK, "logprobs": None, "finish_reason": None}
@@ -203,22 +209,32 @@ class CompletionShape:
         return {"index": index, "text": "", "logprobs": None}
 
     def logprobs(self, choice: Choice, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        """text_offset counts characters from the start of the choice's text."""
-        tokens = [self._tokenizer.token_text(entry.token_id) for entry in entries]
-        offsets = []
-        for token in tokens:
-            offsets.append(self._offsets[choice.index])
-            self._offsets[choice.index] += len(token)
-        top = [
-            {self._tokenizer.token_text(token_id): finite(logprob) for token_id, logprob in entry.top}
-            for entry in entries
-        ]
+        """The chosen token is among the top ones, whether or not it is one of the most likely."""
         return {
-            "tokens": tokens,
+            "tokens": [self._tokenizer.token_text(entry.token_id) for entry in entries],
             "token_logprobs": [finite(entry.logprob) for entry in entries],
-            "top_logprobs": top,
-            "text_offset": offsets,
+            "top_logprobs": [
+                {
+                    self._tokenizer.token_text(token_id): finite(logprob)
+                    for token_id, logprob in (*entry.top, (entry.token_id, entry.logprob))
+                }
+                for entry in entries
+            ],
+            "text_offset": self._text_offsets(choice.index, entries),
         }
+
+    def _text_offsets(self, index: int, entries: Sequence[TokenLogprob]) -> list[int]:
+        """Characters of the choice's text before each token. Tokens within one character have the same place."""
+        if index not in self._offsets:
+            assert self._new_detokenizer is not None
+            self._offsets[index] = len(self._echoes[index]), self._new_detokenizer(index)
+        offset, detokenizer = self._offsets[index]
+        offsets = []
+        for entry in entries:
+            offsets.append(offset)
+            offset += len(detokenizer.push((entry.token_id,)))
+        self._offsets[index] = offset, detokenizer
+        return offsets
 
     def whole(self, index: int, text: str, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         return {"index": index, "text": self._echoes[index] + text, "logprobs": logprobs}

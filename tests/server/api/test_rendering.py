@@ -158,15 +158,38 @@ def test_log_probabilities_of_chat(tokenizer):
     assert event["choices"][0]["delta"] == {"content": "ab"}
 
 
-def test_log_probabilities_of_completions_count_characters(tokenizer):
-    shape = CompletionShape(tokenizer, [""])
-    choice = EndedChoice()
-    one, two = shape.logprobs(choice, LOGPROBS), shape.logprobs(choice, LOGPROBS)
-    lengths = [len(token) for token in one["tokens"]]
-    assert one["text_offset"] == [0, lengths[0]]
-    assert two["text_offset"] == [sum(lengths), sum(lengths) + lengths[0]]
-    assert one["token_logprobs"] == [-0.5, -9999.0]
-    assert len(one["top_logprobs"]) == 2
+def completion_logprobs(tokenizer, echo, *pieces):
+    """text_offset of tokens that come in these pieces, and the rest of the last piece's logprobs."""
+    shape = CompletionShape(tokenizer, [echo], lambda index: tokenizer.detokenizer(skip_special_tokens=True))
+    rendered = [shape.logprobs(EndedChoice(), [TokenLogprob(token_id, -1.0) for token_id in ids]) for ids in pieces]
+    return [offset for each in rendered for offset in each["text_offset"]], rendered[-1]
+
+
+@pytest.mark.parametrize("cut", range(10))
+async def test_log_probabilities_of_completions_count_characters(tokenizer, cut):
+    ids = list(await tokenizer.encode("a\U0001f600é b", False))
+    assert len(ids) == 9  # the tiny model knows bytes
+    offsets, last = completion_logprobs(tokenizer, "echo", ids[:cut], ids[cut:])
+    assert [offset - 4 for offset in offsets] == [0, 1, 1, 1, 1, 2, 2, 3, 4]
+    assert len(last["tokens"]) == len(last["token_logprobs"]) == len(last["top_logprobs"]) == 9 - cut
+
+
+def test_special_tokens_that_are_not_shown_take_no_place(tokenizer):
+    special = min(tokenizer.special_ids)
+    offsets, _ = completion_logprobs(tokenizer, "", [5, special, 6])
+    assert offsets == [0, 1, 1]
+
+
+def test_the_chosen_token_is_among_the_top_ones(tokenizer):
+    shape = CompletionShape(tokenizer, [""], lambda index: tokenizer.detokenizer(skip_special_tokens=True))
+    likely = TokenLogprob(9, -3.0, ((5, -0.5), (6, -1.5)))
+    rendered = shape.logprobs(EndedChoice(), [*LOGPROBS, likely])
+    assert rendered["token_logprobs"] == [-0.5, -9999.0, -3.0]
+    assert [list(top.values()) for top in rendered["top_logprobs"]] == [[-0.5, -1.5], [-9999.0], [-0.5, -1.5, -3.0]]
+    for token, logprob, top in zip(
+        *(rendered[key] for key in ("tokens", "token_logprobs", "top_logprobs")), strict=True
+    ):
+        assert top[token] == logprob
 
 
 class GivenText:

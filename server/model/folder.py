@@ -87,7 +87,10 @@ class ModelFolder:
     def chat_template_file(self) -> str | None:
         """The text of chat_template.jinja, or None if there is no such file."""
         path = self.path / "chat_template.jinja"
-        return path.read_text(encoding="utf-8") if path.is_file() else None
+        try:
+            return path.read_text(encoding="utf-8") if path.is_file() else None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"{path} cannot be read: {error}") from error
 
     def fingerprints(self) -> Fingerprints:
         """Raises ModelError if a weights file is cut off."""
@@ -112,11 +115,15 @@ class ModelFolder:
 
 
 def open_folder(path: Path, name: str) -> ModelFolder:
-    """Check that the folder can be served. Raises ModelError naming what is missing."""
+    """Check that the folder can be served. Raises ModelError naming what is missing or cannot be understood."""
     for file, why in (("config.json", "it describes the model"), ("tokenizer.json", "only fast tokenizers are served")):
         if not (path / file).is_file():
             raise ModelError(f"{path} has no {file} ({why}); give a whole Hugging Face model folder as MODEL")
-    return ModelFolder(path, name)
+    folder = ModelFolder(path, name)
+    # What else is wrong with these would otherwise end a worker first, with a traceback.
+    folder.config()
+    folder.generation_defaults()
+    return folder
 
 
 def _read_json(path: Path, missing: Mapping[str, Any] | None = None) -> Mapping[str, Any]:

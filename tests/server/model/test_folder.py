@@ -58,6 +58,9 @@ def test_small_files_that_may_be_missing(folder):
     assert model.chat_template_file() is None
     (model.path / "chat_template.jinja").write_text("é")
     assert model.chat_template_file() == "é"
+    (model.path / "chat_template.jinja").write_bytes(b"\xe9")
+    with pytest.raises(ModelError, match=r"chat_template.jinja cannot be read"):
+        model.chat_template_file()
 
 
 def test_fingerprints_follow_the_files(folder):

@@ -37,6 +37,16 @@ def test_a_folder_without_what_is_needed_is_refused(folder, file):
         resolve_model(str(folder))
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("config.json", '{"vocab_size": "many"}'), ("config.json", "{"), ("generation_config.json", '{"top_k": "x"}')],
+)
+def test_a_folder_whose_files_make_no_sense_is_refused_before_anything_is_started(folder, file, content):
+    (folder / file).write_text(content)
+    with pytest.raises(ModelError, match=file):
+        resolve_model(str(folder))
+
+
 def test_a_file_is_refused(folder):
     with pytest.raises(ModelError, match="is a file; give the folder"):
         resolve_model(str(folder / "config.json"))

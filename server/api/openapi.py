@@ -17,7 +17,7 @@ _BODIES: tuple[type[BaseModel], ...] = (ChatCompletionBody, CompletionBody, Toke
 
 _ALWAYS = (errors.AuthenticationFailed, errors.Internal)
 _WITH_BODY = (errors.InvalidRequest, errors.ModelNotFound, errors.BodyTooLarge, *_ALWAYS)
-_GENERATING = (*_WITH_BODY, errors.Overloaded, errors.RequestTimedOut)
+_GENERATING = (*_WITH_BODY, errors.RequestCancelled, errors.Overloaded, errors.RequestTimedOut)
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,3 +114,8 @@ def test_bounds_are_told():
     properties = openapi_document("1")["components"]["schemas"]["ChatCompletionBody"]["properties"]
     number = next(choice for choice in properties["temperature"]["anyOf"] if choice["type"] == "number")
     assert (number["minimum"], number["maximum"]) == (0, 2)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_a_request_may_be_cancelled(document: dict[str, Any], path: str):
+    assert "499" in document["paths"][path]["post"]["responses"]

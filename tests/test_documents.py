@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from trtserve.plugins.manager import PluginManager
 from trtserve.server.cli import main
 from trtserve.settings.load import load_settings
 from trtserve.settings.names import ALIASES, OPTION_ALIASES
@@ -26,7 +27,7 @@ FOREIGN_FLAGS = {
 }
 """Of docker, pip, srun and the programs that trtserve is compared with."""
 
-_NO_COMMAND = re.compile(r"…|--engine echo|--help| version|replay$")
+_NO_COMMAND = re.compile(r"…|--engine echo|--help|version$|replay$")
 
 
 def commands() -> list[str]:
@@ -105,6 +106,20 @@ def test_files_of_the_project_are_there(document):
     folders = "server|plugins|settings|tests|bench|docs"
     for name in set(re.findall(rf"(?<![\w/.-])(?:{folders})/[\w/]+\.(?:py|md|yaml)\b", TEXTS[document])):
         assert (ROOT / name).is_file() or (ROOT / "tests" / name).is_file(), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "document"),
+    [
+        ("engine", "sim", "docs/simulated_engine.md"),
+        ("engine", "tensorrt_llm", "docs/profiles.md"),
+        ("engine", "torch", "docs/torch_engine.md"),
+        ("policy", "kv", "docs/routing.md"),
+    ],
+)
+def test_every_option_is_told(kind, name, document):
+    options = PluginManager().check_options(kind, name, {})
+    assert options and [option for option in options if not re.search(rf"\b{option}\b", TEXTS[document])] == []
 
 
 def test_the_layers_are_those_that_are_checked():

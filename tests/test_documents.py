@@ -134,3 +134,10 @@ def test_the_layers_are_those_that_are_checked():
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"python bench/(\w+)\.py", "\n".join(TEXTS.values())))))
 def test_a_measurement_is_there(name):
     assert (ROOT / "bench" / f"{name}.py").is_file()
+
+
+def test_the_tree_has_every_module_of_the_upper_level():
+    tree = TEXTS["docs/architecture.md"].partition("## The tree")[2].partition("\n## ")[0]
+    folders = [ROOT / "settings", ROOT / "plugins", ROOT / "server", ROOT / "server" / "router"]
+    modules = {path.name for folder in folders for path in folder.glob("*.py")} - {"__init__.py"}
+    assert [name for name in sorted(modules) if not re.search(rf"\b{name}\b", tree)] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -9,9 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from trtserve.plugins.api import Engine, Role, WorkerId
-from trtserve.plugins.fingerprint import model_fingerprint, tokenizer_fingerprint
 from trtserve.plugins.manager import PluginManager
+from trtserve.server.exit_codes import ExitCode
 from trtserve.server.memory import settle
+from trtserve.server.model.folder import ModelFolder, open_folder
 from trtserve.server.workers import wire
 from trtserve.server.workers.engine_config import engine_config, take_environment, with_engine_defaults
 from trtserve.server.workers.kv_setup import exchange_options
@@ -22,20 +24,26 @@ from trtserve.settings.schema import WorkerSettings
 
 
 def run_worker(settings: WorkerSettings) -> int:
-    """Run until the server or a signal ends it; returns the exit code."""
+    """Run until the server or a signal ends it; returns the exit code.
+
+    Raises SettingsError, PluginError or ModelError for what the user has to mend.
+    """
     if settings.parent_pid is not None:
         die_with_parent(settings.parent_pid)
     manager = PluginManager()
     settings = with_engine_defaults(settings, manager)
-    model_path = _model_path(settings)
-    config = engine_config(settings, settings.engine_role or settings.role, str(model_path), manager)
+    if settings.dry_run:
+        print(_describe(settings, manager))
+        return ExitCode.OK
+    folder = _model_folder(settings)
+    config = engine_config(settings, settings.engine_role or settings.role, str(folder.path), manager)
     if settings.parent_pid is None:
         take_environment(manager.plan_engine(settings.engine, config), settings.gpus)
 
     def make_engine() -> Engine:
         return manager.make_engine(settings.engine, config)
 
-    identity = _identity(settings, model_path)
+    identity = _identity(settings, folder)
     kv = exchange_options(settings, identity.hello, manager)
     worker = Worker(identity, make_engine, settings.warm_up_timeout, kv, settle)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -43,7 +51,22 @@ def run_worker(settings: WorkerSettings) -> int:
     return worker.run()
 
 
-def _identity(settings: WorkerSettings, model_path: Path) -> WorkerIdentity:
+def _describe(settings: WorkerSettings, manager: PluginManager) -> str:
+    """What --dry-run prints, as the server does: YAML that can be used as --config."""
+    config = engine_config(settings, settings.engine_role or settings.role, settings.model, manager)
+    resolved = settings.model_dump(mode="json", exclude={"dry_run", "api_key", "worker_token"}, exclude_none=True)
+    resolved["engine_options"] = dict(config.options)
+    return "\n".join(
+        [
+            *(f"{name}: {json.dumps(value)}" for name, value in resolved.items()),
+            *("", "# processes"),
+            f"#   {settings.worker_id}   role {settings.role}, engine {settings.engine}, to {settings.connect}",
+        ]
+    )
+
+
+def _identity(settings: WorkerSettings, folder: ModelFolder) -> WorkerIdentity:
+    fingerprints = folder.fingerprints()
     hello = wire.Hello(
         wire_version=wire.WIRE_VERSION,
         worker_id=WorkerId(settings.worker_id),
@@ -52,18 +75,18 @@ def _identity(settings: WorkerSettings, model_path: Path) -> WorkerIdentity:
         pid=os.getpid(),
         role=Role(settings.role),
         engine=settings.engine,
-        model_fingerprint=model_fingerprint(model_path),
-        tokenizer_fingerprint=tokenizer_fingerprint(model_path),
+        model_fingerprint=fingerprints.model,
+        tokenizer_fingerprint=fingerprints.tokenizer,
         trtserve_version=version("trtserve"),
     )
     return WorkerIdentity(hello, settings.connect, settings.connect_timeout)
 
 
-def _model_path(settings: WorkerSettings) -> Path:
+def _model_folder(settings: WorkerSettings) -> ModelFolder:
     path = Path(settings.model)
     if path.is_dir():
-        return path
+        return open_folder(path, path.name)
     # Started by hand, perhaps on another machine: find the model as the server does.
     from trtserve.server.model.resolve import resolve_model
 
-    return resolve_model(settings.model, settings.cache_dir).path
+    return resolve_model(settings.model, settings.cache_dir)

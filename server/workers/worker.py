@@ -22,6 +22,7 @@ from trtserve.server.workers import wire
 from trtserve.server.workers.kv_exchange import ExchangeOptions, KVExchange
 from trtserve.server.workers.warm_up import WarmUp, WarmUpWatch
 from trtserve.server.workers.wire_sink import OUTBOX_LIMIT, Outbox, WireSink
+from trtserve.settings.errors import SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +92,7 @@ class Worker:
         os.eventfd_write(self._outbox.descriptor, 1)
 
     def run(self) -> int:
+        """The exit code. Raises SettingsError where the server's address cannot be one."""
         context = zmq.Context()
         socket = context.socket(zmq.DEALER)
         hello = self._identity.hello
@@ -101,7 +103,12 @@ class Worker:
         socket.setsockopt(zmq.HEARTBEAT_IVL, 2000)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, _SERVER_SILENCE_MS)
         monitor = socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        socket.connect(self._identity.endpoint)
+        try:
+            socket.connect(self._identity.endpoint)
+        except zmq.ZMQError as error:
+            context.destroy(linger=0)
+            where = self._identity.endpoint
+            raise SettingsError(f"--connect {where}: cannot be used: {zmq.strerror(error.errno or 0)}") from error
         socket.send(wire.encode(hello))
         try:
             return self._loop(socket, monitor)

@@ -10,11 +10,13 @@ from contextlib import ExitStack, contextmanager
 
 import msgspec
 import pytest
+import yaml
 import zmq
 
 from tests.e2e.process import Serve, ServerProcess, TrtserveProcess, eventually, sim_arguments
 from tests.models import make_tiny_model
 from trtserve.plugins.api import Role, WorkerId
+from trtserve.server.cli import main
 from trtserve.server.workers import wire
 
 PATH = "/v1/completions"
@@ -61,6 +63,34 @@ def test_one_without_a_model_says_so(tmp_path):
     with TrtserveProcess("worker", *arguments, environment={"TRTSERVE_WORKER_TOKEN": TOKEN}) as worker:
         assert worker.wait() == 2
     assert "trtserve: MODEL " in worker.output
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--connect", "ipc://"], "--connect ipc://: cannot be used: "),
+        (["{empty}"], "has no config.json"),
+        (["--engine-option", "no_such=1"], "engine-options.no_such: "),
+    ],
+)
+def test_one_that_cannot_begin_says_why(sim_model, tmp_path, more, message):
+    more = [argument.format(empty=tmp_path) for argument in more]
+    model = () if more[0] == str(tmp_path) else (str(sim_model),)
+    arguments = (*model, "--engine", "sim", "--connect", f"ipc://{tmp_path}/none", "--worker-id", "hand-0", *more)
+    with TrtserveProcess("worker", *arguments, environment={"TRTSERVE_WORKER_TOKEN": TOKEN}) as worker:
+        assert worker.wait() == 2
+    assert message in worker.output
+
+
+def test_a_dry_run_starts_none(tmp_path, capsys):
+    arguments = ["--engine", "sim", "--connect", f"ipc://{tmp_path}/none", "--worker-id", "hand-0", "--dry-run"]
+    assert main(["worker", "nowhere", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        yaml.safe_load(printed)["worker_id"] == "hand-0" and yaml.safe_load(printed)["engine_options"]["speedup"] == 1
+    )
+    assert f"#   hand-0   role agg, engine sim, connects to ipc://{tmp_path}/none" in printed
+    assert main(["worker", "nowhere", *arguments, "--engine-option", "no_such=1"]) == 2
 
 
 def test_one_that_joins_serves_and_leaves(host, join):

@@ -89,7 +89,7 @@ def test_a_dry_run_starts_none(tmp_path, capsys):
     assert (
         yaml.safe_load(printed)["worker_id"] == "hand-0" and yaml.safe_load(printed)["engine_options"]["speedup"] == 1
     )
-    assert f"#   hand-0   role agg, engine sim, connects to ipc://{tmp_path}/none" in printed
+    assert f"#   hand-0   role agg, engine sim, to ipc://{tmp_path}/none" in printed
     assert main(["worker", "nowhere", *arguments, "--engine-option", "no_such=1"]) == 2
 
 

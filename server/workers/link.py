@@ -16,6 +16,7 @@ from typing import Self
 import zmq
 
 from trtserve.server.workers import wire
+from trtserve.server.workers.ipc_socket import IpcSocket
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class Link:
         self._on_drained = on_drained
         self._before_last = before_last
         self._endpoint = endpoint
+        self._file = IpcSocket(endpoint)
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
 
@@ -74,13 +76,16 @@ class Link:
 
     def _bind(self) -> None:
         """Raises EndpointError."""
-        try:
-            self._socket.bind(self._endpoint)
-        except zmq.ZMQError as error:
+        problem = self._file.check()
+        if problem is None:
+            try:
+                self._socket.bind(self._endpoint)
+            except zmq.ZMQError as error:
+                problem = zmq.strerror(error.errno or 0)
+        if problem is not None:
             self._context.destroy(linger=0)
-            raise EndpointError(
-                f"workers cannot connect to {self._endpoint}: {zmq.strerror(error.errno or 0)}"
-            ) from error
+            raise EndpointError(f"workers cannot connect to {self._endpoint}: {problem}")
+        self._file.bound()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -88,6 +93,7 @@ class Link:
         self._loop.remove_reader(self._socket.fileno())
         self._socket.close(linger=_LAST_WORDS_MS)
         self._context.term()
+        self._file.remove()
 
     @property
     def endpoint(self) -> str:

@@ -1,6 +1,8 @@
 """The server's socket: everything that arrives is read, and no peer can break it for the others."""
 
 import asyncio
+import os
+import socket
 
 import pytest
 import zmq
@@ -91,3 +93,41 @@ async def test_an_address_in_use_is_an_error():
         Link(link.endpoint, lambda *_: None, lambda: None),
     ):
         pass
+
+
+def linked(path):
+    return Link(f"ipc://{path}", lambda *_: None, lambda: None)
+
+
+async def test_a_file_that_is_no_socket_is_left_alone(tmp_path):
+    (tmp_path / "precious").write_text("a diary")
+    with pytest.raises(EndpointError, match="no socket"), linked(tmp_path / "precious"):
+        pass
+    assert (tmp_path / "precious").read_text() == "a diary"
+
+
+async def test_another_server_s_socket_is_not_taken(tmp_path):
+    path = tmp_path / "socket"
+    with linked(path):
+        with pytest.raises(EndpointError, match="Address already in use"), linked(path):
+            pass
+        assert path.is_socket()
+    assert not path.exists()
+
+
+async def test_a_killed_server_s_socket_is_replaced(tmp_path):
+    path = tmp_path / "socket"
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(path))
+    with linked(path):
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(str(path))
+        path.unlink()
+        path.touch()  # somebody else's by now
+    assert path.exists()
+
+
+@pytest.mark.parametrize("endpoint", ["ipc://@trtserve-test-{}", "ipc://*"])
+async def test_addresses_without_a_file_of_ours(endpoint):
+    with Link(endpoint.format(os.getpid()), lambda *_: None, lambda: None) as link:
+        assert link.endpoint.startswith("ipc://")

@@ -50,6 +50,7 @@ class Message(TypedDict):
     tool_calls: NotRequired[Annotated[list[ToolCall], Field(fail_fast=True)] | None]
     tool_call_id: NotRequired[str | None]
     reasoning_content: NotRequired[str | None]
+    reasoning: NotRequired[str | None]  # the same as some servers name it; templates know the other name
 
 
 def normalise_messages(messages: list[Message]) -> tuple[Message, ...]:
@@ -63,6 +64,9 @@ def normalise_messages(messages: list[Message]) -> tuple[Message, ...]:
             message["content"] = flatten_content(content)
         elif content is None:
             _check_silent(message, index)
+        reasoning = message.pop("reasoning", None)
+        if reasoning is not None and message.get("reasoning_content") is None:
+            message["reasoning_content"] = reasoning
         if message.get("tool_calls"):
             _parse_arguments(message["tool_calls"] or (), index)
     return tuple(messages)

@@ -88,6 +88,7 @@ _MESSAGES = [
     ),
     bad_messages([{"role": "user", "content": [{"type": "input_audio"}]}], "messages[0].content[0].type"),
     bad_messages([{"role": "user", "content": "a", "name": 5}], "messages[0].name", TYPE),
+    bad_messages([{"role": "assistant", "content": "a", "reasoning": 5}], "messages[0].reasoning", TYPE),
     bad_messages(calling("not json"), "messages[1].tool_calls[0].function.arguments"),
     bad_messages(calling("[1]"), "messages[1].tool_calls[0].function.arguments"),
     bad_messages(calling(5), "messages[1].tool_calls[0].function.arguments", TYPE),

@@ -180,6 +180,20 @@ def test_messages_reach_the_template_in_plain_form():
     )
 
 
+def test_reasoning_has_one_name_in_the_template():
+    said = {"role": "assistant", "content": "a"}
+    params = chat(
+        messages=[
+            said | {"reasoning": "because"},
+            said | {"reasoning": "not this", "reasoning_content": "because"},
+            said | {"reasoning": "because", "reasoning_content": None},
+            said | {"reasoning": None},
+        ]
+    )
+    because = said | {"reasoning_content": "because"}
+    assert params.messages == (because, because, because, said)
+
+
 @pytest.mark.parametrize(
     "fields",
     [

@@ -237,6 +237,11 @@ class ServerCluster:
             raise Overloaded("no worker is ready", code="no_worker", retry_after_s=5.0)
         return self._limits
 
+    @property
+    def max_seq_len(self) -> int | None:
+        """Of `context_limits`, for those who only want to tell it; None when no worker is ready."""
+        return None if self._limits is None else self._limits.max_seq_len
+
     def supports_guided_decoding(self) -> bool:
         """Whether every ready worker's engine does; False without one."""
         clients = [client for client in self.pool if client.state is WorkerState.READY]

@@ -35,8 +35,9 @@ class Inspection:
         return json_response(self._model())
 
     def _model(self) -> dict[str, Any]:
-        model = self._serving.model
-        return {"id": model.name, "object": "model", "created": model.created, "owned_by": "trtserve"}
+        model, max_seq_len = self._serving.model, self._serving.cluster.max_seq_len
+        told = {"id": model.name, "object": "model", "created": model.created, "owned_by": "trtserve"}
+        return told if max_seq_len is None else told | {"max_model_len": max_seq_len}
 
     async def cancel(self, request: Request) -> Response:
         """By X-Request-Id, or by the id of the answer, which is the same behind a prefix."""

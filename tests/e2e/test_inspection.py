@@ -30,7 +30,7 @@ def limited(serve_module: Serve, tmp_path_factory) -> ServerProcess:
 def test_models(server):
     listed = server.client.get("/v1/models").json()
     assert listed["object"] == "list"
-    assert [model["id"] for model in listed["data"]] == ["sim"]
+    assert [(model["id"], model["max_model_len"]) for model in listed["data"]] == [("sim", 1024)]
     assert server.client.get("/v1/models/sim").json() == listed["data"][0]
     missing = server.client.get("/v1/models/some/other")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")

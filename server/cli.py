@@ -4,6 +4,7 @@ run."""
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -89,6 +90,8 @@ def _serve(arguments: list[str]) -> int:
     except AddressError as error:
         say_error(f"trtserve: {error}")
         return ExitCode.ADDRESS
+    # Until the server's loop takes it over: what was half made of a model goes, and so do the processes that make it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with ProgressBar() as progress:
             folder = resolve_model(settings.model, settings.cache_dir, progress)
@@ -104,7 +107,7 @@ def _serve(arguments: list[str]) -> int:
         say_error(f"trtserve: {error}")
         return ExitCode.ADDRESS
     except KeyboardInterrupt:
-        return ExitCode.CUT_OFF
+        return ExitCode.OK
     finally:
         bound.close()
 

@@ -122,6 +122,24 @@ def test_while_starting(serve, number):
     assert time.monotonic() - asked_s < 5, "the worker ended by itself"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_while_the_model_is_being_fetched(number, tmp_path):
+    """From an index that never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as index:
+        url = f"http://127.0.0.1:{index.getsockname()[1]}/simple"
+        pip = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": url, "PIP_NO_CACHE_DIR": "1", "NO_PROXY": "*"}
+        here = {"TRTSERVE_CACHE_DIR": str(tmp_path), "TMPDIR": str(tmp_path)}
+        with ServerProcess("--engine", "sim", environment=pip | here) as server:
+            index.settimeout(20)
+            index.accept()[0].close()
+            assert len(server.tree()) == 2 and list(tmp_path.glob("models/*.new-*"))
+            server.signal(number)
+            assert server.wait() == 0
+            assert server.tree() == []
+    left = {path.suffix for path in tmp_path.rglob("*") if not path.is_dir()}
+    assert left <= {".lock"}
+
+
 def test_with_a_worker_that_hangs(serve):
     options = ("fault_token_id=100", "fault_kind=hang", "fault_after_tokens=3")
     server = serve("--shutdown-timeout", "0.2", options=options).until_ready()

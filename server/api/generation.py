@@ -124,7 +124,8 @@ class GenerationEndpoint:
             names = ignored_header(prepared.params.ignored)
             logger.warning("request %s: ignored unknown parameters: %s", request_id, names)
             headers.append((b"x-trtserve-ignored-params", names.encode()))
-        envelope = Envelope.new(f"{self._id_prefix}{request_id}", self._serving.model.name)
+        identifier = f"{self._id_prefix}{request_id}"
+        envelope = Envelope.new(identifier, self._serving.model.name, prepared.params.service_tier)
         generation = Generation(self._serving, prepared, live, explanation)
         try:
             return await self._run(generation, envelope, send, headers, watch)

@@ -84,7 +84,7 @@ def _token_logprob() -> Schema:
 def _generated(kind: str, choice: Schema) -> Schema:
     return _object(
         {"id": _STRING, "object": _constant(kind), "created": _INTEGER, "model": _STRING, "choices": _array(choice)},
-        {"usage": reference("Usage")},
+        {"usage": reference("Usage"), "service_tier": _STRING},
     )
 
 

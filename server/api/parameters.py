@@ -17,7 +17,7 @@ from trtserve.server.errors import ContextLengthExceeded, InvalidRequest
 _MOST_SEEDS = 2**64
 
 
-@dataclass(slots=True)  # frozen, its 32 fields would take three times as long to set
+@dataclass(slots=True)  # frozen, its 33 fields would take three times as long to set
 class GenerationParams:
     """A chat or completion request after validation, which nobody changes. None means that the request was silent.
 
@@ -60,6 +60,7 @@ class GenerationParams:
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     cache_salt: str = ""
+    service_tier: str | None = None  # told in the answer where the request has one; there is one tier
     ignored: tuple[str, ...] = ()  # unknown fields that were ignored, sorted; for a warning and `ignored_header`
 
 

@@ -45,13 +45,15 @@ class Envelope(NamedTuple):
     id: str
     model: str
     created: int
+    service_tier: str | None = None  # of a request that names one
 
     @classmethod
-    def new(cls, identifier: str, model: str) -> Envelope:
-        return cls(identifier, model, int(time.time()))
+    def new(cls, identifier: str, model: str, service_tier: str | None = None) -> Envelope:
+        return cls(identifier, model, int(time.time()), service_tier)
 
     def fields(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        fields = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return fields if self.service_tier is None else fields | {"service_tier": self.service_tier}
 
 
 class Shape(Protocol):

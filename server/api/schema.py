@@ -104,6 +104,7 @@ def parse_chat(raw: bytes, rules: RequestRules) -> GenerationParams:
         chat_template_kwargs=template_kwargs,
         add_generation_prompt=add_generation_prompt,
         continue_final_message=continue_final_message,
+        service_tier=None if data.get("service_tier") is None else "default",
         guided=guided,
         ignored=ignored,
         **shared_params(body),

@@ -45,6 +45,13 @@ def test_a_stream_says_what_a_whole_answer_says(server, path, body):
     assert chunks[0]["model"] == whole["model"] == "sim"
 
 
+def test_a_chat_that_names_a_service_tier_is_told_the_one_there_is(server):
+    body = {"messages": HELLO, "max_tokens": 2, "service_tier": "flex"}
+    chunks = stream(server.client, CHAT, body | {"stream_options": {"include_usage": True}})
+    assert {each.get("service_tier") for each in [post(server, CHAT, body), *chunks]} == {"default"}
+    assert "service_tier" not in post(server, CHAT, body | {"service_tier": None})
+
+
 @pytest.mark.parametrize("fields", [{"stop": [" w5", "9 w"]}, {"stop": "w", "include_stop_str_in_output": True}])
 @ENDPOINTS
 def test_stop_strings(server, path, body, fields):

@@ -84,6 +84,10 @@ class WorkerPool:
         if was_ready:
             self._listener.worker_gone(client)
 
+    def forget(self, client: WorkerClient) -> None:
+        """One that is gone is not told of any more; its id may join again."""
+        del self._clients[client.worker_id]
+
     def relabel(self, client: WorkerClient, role: Role) -> None:
         """Give a ready worker that is idle another role. Its process is not told: roles are labels, and an engine that
         moves KV does both. Its next process is started with the new one."""

@@ -28,7 +28,8 @@ _LAST_LINES = 20
 
 @dataclass(frozen=True, slots=True)
 class SupervisorLimits:
-    """Seconds. `stop_s`: how long a worker may take to end by itself before it is killed."""
+    """Seconds. `stop_s`: how long a worker may take to end by itself before it is killed. `forget_s`: how long one that
+    was started by hand and is gone is still told of."""
 
     start_s: float = 600.0
     silence_s: float = 10.0
@@ -36,6 +37,7 @@ class SupervisorLimits:
     stop_s: float = 5.0
     first_pause_s: float = 0.5
     longest_pause_s: float = 30.0
+    forget_s: float = 3600.0
 
 
 class WorkerStartFailed(Exception):
@@ -141,14 +143,21 @@ class Supervisor:
             await asyncio.sleep(_CHECK_INTERVAL_S)
             now_s = time.monotonic()
             late_s = looks.late_s(now_s)
-            for client in self._pool:
-                if client.worker_id in ours:
-                    continue
+            for client in [client for client in self._pool if client.worker_id not in ours]:
                 client.excuse(late_s, now_s)
-                trouble = client.trouble(now_s, self._limits.silence_s, self._limits.stall_s)
-                if trouble is not None:
-                    logger.error("%s: %s", client.worker_id, trouble)
-                    self._pool.gone(client, trouble)
+                self._look_at_guest(client, now_s)
+
+    def _look_at_guest(self, client: WorkerClient, now_s: float) -> None:
+        limits, silence_s = self._limits, now_s - client.last_heard_s
+        if client.state is WorkerState.GONE and silence_s > limits.forget_s:
+            self._pool.forget(client)  # they may come with new ids for ever
+            return
+        trouble = client.trouble(now_s, limits.silence_s, limits.stall_s)
+        if client.state is WorkerState.STARTING and silence_s > limits.start_s:
+            trouble = f"not heard of for {silence_s:.0f} s (last phase: {client.phase})"
+        if trouble is not None:
+            logger.error("%s: %s", client.worker_id, trouble)
+            self._pool.gone(client, trouble)
 
     async def _end(self, process: WorkerProcess, exited: asyncio.Future[int]) -> None:
         """Make sure that nothing of the process's group is left."""

@@ -14,7 +14,7 @@ from trtserve.plugins.api import LaunchSpec, WorkerId
 from trtserve.plugins.launchers.local import LocalLauncher
 from trtserve.server.errors import WorkerLost
 from trtserve.server.workers import wire
-from trtserve.server.workers.supervisor import SupervisorLimits
+from trtserve.server.workers.supervisor import Supervisor, SupervisorLimits
 
 
 async def test_a_worker_that_does_not_start_ends_it_with_its_last_lines(supervision):
@@ -170,3 +170,24 @@ async def test_a_guest_that_falls_silent_is_given_up(supervision, house, running
             await run
     assert await peer.hears() == wire.Shutdown()
     assert ("gone", "guest") in house.listener.heard and ("gone", "agg-0") not in house.listener.heard
+
+
+async def test_guests_that_are_gone_are_forgotten(house):
+    """They may come with new ids for ever. One that falls silent while it loads is gone as well, in the end."""
+    limits = SupervisorLimits(start_s=1.0, silence_s=60.0, forget_s=1.0)
+    watching = asyncio.create_task(Supervisor(LocalLauncher(), house.pool, _starts_none, limits).run([]))
+    _, killed = await house.worker(worker_id="killed")
+    _, well = await house.worker(worker_id="well")
+    loading = house.peer(worker_id="loading")
+    loading.say(loading.hello)
+    assert await loading.hears() == wire.Welcome()
+    house.pool.gone(killed, "was killed")
+    await until(lambda: list(house.pool) == [well])
+    assert await loading.hears() == wire.Shutdown()
+    await house.worker(worker_id="killed", incarnation=2)
+    watching.cancel()
+    await asyncio.wait({watching})
+
+
+def _starts_none(client):
+    raise AssertionError(f"{client.worker_id} is started elsewhere")

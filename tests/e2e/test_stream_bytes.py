@@ -52,6 +52,7 @@ async def write_what_is_asked(scope: Scope, receive: Receive, send: Send) -> Non
 def port() -> Iterator[int]:
     """Hypercorn as the server runs it, on a loop of its own."""
     bound = bind("127.0.0.1", 0)
+    bound.listen()  # as it will in a moment; the first client may be faster than the thread
     port = bound.getsockname()[1]
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()

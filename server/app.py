@@ -207,7 +207,9 @@ class Server:
             flusher=self._flusher,
             metrics=self._metrics,
             keys=ApiKeys(self._api_keys),
-            limits=HttpLimits(int(settings.max_body_mib * 2**20), int(settings.max_buffered_kib * 1024)),
+            limits=HttpLimits(
+                int(settings.max_body_mib * 2**20), int(settings.max_buffered_kib * 1024), settings.request_timeout
+            ),
             roles=RoleChanges(
                 self._cluster,
                 settings.mode,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterable
 
+from starlette.requests import Request
+
 from trtserve.server.api.asgi import Receive, Scope, Send
 from trtserve.server.api.hypercorn_path import find_path
-from trtserve.server.errors import BodyTooLarge, RequestCancelled
+from trtserve.server.api.serving import HttpLimits
+from trtserve.server.errors import BodyTooLarge, RequestCancelled, RequestTimedOut
 
 _DRAIN_FACTOR = 8
 _DRAIN_TIMEOUT_S = 5.0
@@ -43,6 +46,16 @@ async def read_body(scope: Scope, receive: Receive, send: Send, max_bytes: int) 
         f"The request body has {max(announced, received)} bytes or more and the limit is {max_bytes}; send less, or "
         "start the server with a larger --max-body-mib."
     )
+
+
+async def body_of(request: Request, limits: HttpLimits) -> bytes:
+    """`read_body` for handlers of Starlette, which have no other limit of time. Raises RequestTimedOut, too."""
+    try:
+        async with asyncio.timeout(limits.request_timeout_s):
+            scope, receive, send = dict(request.scope), request.receive, request._send
+            return await read_body(scope, receive, send, limits.max_body_bytes)  # type: ignore[arg-type]
+    except TimeoutError:
+        raise RequestTimedOut(f"The request's body was not complete within {limits.request_timeout_s:g} s.") from None
 
 
 async def discard_body(receive: Receive, send: Send, max_bytes: int) -> None:

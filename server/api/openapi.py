@@ -16,8 +16,8 @@ from trtserve.server.api.schema_bodies import ChatCompletionBody, CompletionBody
 _BODIES: tuple[type[BaseModel], ...] = (ChatCompletionBody, CompletionBody, TokenizeBody, DetokenizeBody, RoleBody)
 
 _ALWAYS = (errors.AuthenticationFailed, errors.Internal)
-_WITH_BODY = (errors.InvalidRequest, errors.ModelNotFound, errors.BodyTooLarge, *_ALWAYS)
-_GENERATING = (*_WITH_BODY, errors.RequestCancelled, errors.Overloaded, errors.RequestTimedOut)
+_WITH_BODY = (errors.InvalidRequest, errors.ModelNotFound, errors.BodyTooLarge, errors.RequestTimedOut, *_ALWAYS)
+_GENERATING = (*_WITH_BODY, errors.RequestCancelled, errors.Overloaded)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ OPERATIONS: tuple[Operation, ...] = (
         RoleBody,
         errors=(
             *(errors.InvalidRequest, errors.NotFound, errors.Conflict),
-            *(errors.BodyTooLarge, errors.Overloaded, *_ALWAYS),
+            *(errors.BodyTooLarge, errors.RequestTimedOut, errors.Overloaded, *_ALWAYS),
         ),
     ),
     Operation(

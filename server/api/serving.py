@@ -32,10 +32,11 @@ _REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 
 @dataclass(frozen=True, slots=True)
 class HttpLimits:
-    """Bytes that one request may take."""
+    """What one request may take."""
 
     max_body_bytes: int
     max_buffered_bytes: int
+    request_timeout_s: float
 
 
 @dataclass(frozen=True, slots=True)

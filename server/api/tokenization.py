@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from trtserve.server.api.body import read_body
+from trtserve.server.api.body import body_of
 from trtserve.server.api.inspection import json_response
 from trtserve.server.api.parameters import ignored_header
 from trtserve.server.api.schema import TokenizeParams, parse_detokenize, parse_tokenize
@@ -22,7 +22,7 @@ class Tokenization:
 
     async def tokenize(self, request: Request) -> Response:
         serving = self._serving
-        params = parse_tokenize(await self._body(request), serving.rules)
+        params = parse_tokenize(await body_of(request, serving.limits), serving.rules)
         token_ids = await serving.tokenizer.encode(await self._text(params), params.add_special_tokens)
         content = {"tokens": token_ids.tolist(), "count": len(token_ids)}
         if params.return_token_strs:
@@ -41,13 +41,9 @@ class Tokenization:
 
     async def detokenize(self, request: Request) -> Response:
         serving = self._serving
-        params = parse_detokenize(await self._body(request), serving.rules)
+        params = parse_detokenize(await body_of(request, serving.limits), serving.rules)
         text = serving.tokenizer.decode(params.tokens, params.skip_special_tokens)
         return _answer({"prompt": text}, params.ignored)
-
-    async def _body(self, request: Request) -> bytes:
-        max_bytes = self._serving.limits.max_body_bytes
-        return await read_body(dict(request.scope), request.receive, request._send, max_bytes)  # type: ignore[arg-type]
 
 
 def _answer(content: Any, ignored: tuple[str, ...]) -> Response:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from trtserve.plugins.api import Role, WorkerId
-from trtserve.server.api.body import read_body
+from trtserve.server.api.body import body_of
 from trtserve.server.api.inspection import json_response
 from trtserve.server.api.schema import parse_role
 from trtserve.server.api.serving import Serving
@@ -31,9 +31,7 @@ class Workers:
     async def change_role(self, request: Request) -> Response:
         """Waits until the worker is drained; its client may leave meanwhile without changing that."""
         serving = self._serving
-        max_bytes = serving.limits.max_body_bytes
-        raw = await read_body(dict(request.scope), request.receive, request._send, max_bytes)  # type: ignore[arg-type]
-        wanted = parse_role(raw)
+        wanted = parse_role(await body_of(request, serving.limits))
         worker_id = WorkerId(request.path_params["worker_id"])
         former = await serving.roles.change(worker_id, Role(wanted.role), wanted.drain_timeout_s, bool(wanted.force))
         return json_response({"worker": self._described(serving.cluster.pool[worker_id]), "former_role": former})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -189,13 +190,18 @@ class WorkerClient:
 
     async def _run(self, request: Request, sink: OutputSink, *, is_kept: bool) -> Finish:
         ended: asyncio.Future[Finish] = asyncio.get_running_loop().create_future()
-        if not self.num_running:
+        is_idle = not self.num_running
+        if is_idle:
             self.last_step_s = time.monotonic()
         is_ready = self.state is WorkerState.READY
-        if is_ready and not self.send(wire.submit_of(request, keep_kv=is_kept)):
-            # Its process has ended and nobody has seen it yet: who tries again must not be sent here again.
-            self.on_unreachable()
-            is_ready = False
+        if is_ready:
+            if not self.send(wire.submit_of(request, keep_kv=is_kept)):
+                # Its process has ended and nobody has seen it yet: who tries again must not be sent here again.
+                self.on_unreachable()
+                is_ready = False
+            elif is_idle:
+                # The worker could begin now. ZeroMQ's thread has the message, and may share a core with this one.
+                os.sched_yield()
         if not is_ready:
             raise WorkerLost(f"worker {self.worker_id} is not reachable: {self.phase}")
         self._runs[request.id] = _Run(sink, ended)

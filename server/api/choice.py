@@ -19,6 +19,9 @@ class Emit(Protocol):
 
     def __call__(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob]) -> None: ...
 
+    def prepare(self, num_choices: int) -> None:
+        """Have ready what the first call needs, while there is nothing else to do. It may come too late."""
+
     def plain(self, choice: Choice, text: TextStream) -> Callable[[Sequence[int]], None] | None:
         """The shortest way from token ids to the client, for a plain `text` without log probabilities, once the choice
         has emitted something; None where every piece needs the call above."""
@@ -176,6 +179,9 @@ class _Nowhere:
     """Where the tokens of a released choice go, should any still come."""
 
     def __call__(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob]) -> None:
+        pass
+
+    def prepare(self, num_choices: int) -> None:
         pass
 
     def plain(self, choice: Choice, text: TextStream) -> Callable[[Sequence[int]], None] | None:

@@ -21,7 +21,7 @@ from trtserve.server.api.hypercorn_path import find_path
 from trtserve.server.api.parameters import GenerationParams, ignored_header, max_tokens_for, to_sampling_params
 from trtserve.server.api.rendering import DONE, ChunkRenderer, Envelope, Shape, StreamEmitter, Usage, WholeAnswer
 from trtserve.server.api.serving import Serving, request_id_of
-from trtserve.server.api.stream import DisconnectWatch, EventStream, open_stream
+from trtserve.server.api.stream import DisconnectWatch, EventStream, no_late_headers, open_stream
 from trtserve.server.errors import Internal, Overloaded, ServeError, body
 from trtserve.server.instruments import Counter
 from trtserve.server.requests import LiveRequest
@@ -156,7 +156,7 @@ class GenerationEndpoint:
             [*_SSE_HEADERS, *headers],
             generation.too_slow,
             self._serving.limits.max_buffered_bytes,
-            generation.late_headers,
+            generation.late_headers if generation.is_explained else no_late_headers,
         )
         async with stream:
             status, last = 200, [b""]
@@ -198,6 +198,8 @@ class Generation:
         """Run them all to their end. Raises a ServeError, having cancelled the others, when one fails."""
         requests = await self._requests()
         self.choices = [self._choice(index, request, emit) for index, request in enumerate(requests)]
+        # In the next turn of the loop, when an idle worker has the request already and this process nothing to do.
+        asyncio.get_running_loop().call_soon(emit.prepare, len(requests))
         try:
             if len(requests) == 1:
                 await self._run_one(requests[0], self.choices[0], on_end)
@@ -263,6 +265,11 @@ class Generation:
             sum(choice.num_tokens for choice in self.choices),
             sum(choice.cached_tokens for choice in self.choices[::n]),
         )
+
+    @property
+    def is_explained(self) -> bool:
+        """Whether there are `late_headers`."""
+        return self._explanation is not None
 
     def late_headers(self) -> Headers:
         """What is known of the answer only when it begins."""

@@ -44,22 +44,30 @@ class HypercornPath(NamedTuple):
     transport: asyncio.WriteTransport
     writer: asyncio.StreamWriter  # of that transport
 
-    def begin(self, headers: Headers, body: bytes) -> None:
+    def known_head(self, headers: Headers) -> Head | None:
+        """Of a response that `begin` would begin now; None where h11 has to render it."""
+        known = _heads.get(_shared(headers)) if self._keeps_open() else None
+        return None if known is None else Head(known.response, _with_own(known.rendered, headers))
+
+    def begin(self, headers: Headers, body: bytes, head: Head | None = None) -> None:
         """Write the response's head and the first bytes of its body; h11 and hypercorn move on as if ASGI had started
-        the response. Raises RuntimeError, having moved on, where uvloop closed the transport."""
-        shared = self._respond(headers)
-        known = _heads.get(shared) if self._keeps_open() else None
-        if known is None:
-            self.transport.write(_with_own(self._render(shared), headers) + body)
+        the response. head: that of `known_head`, if asked for. Raises RuntimeError, having moved on, where uvloop closed
+        the transport."""
+        self._respond(headers)
+        if head is None:
+            head = self.known_head(headers)
+        if head is None:
+            self.transport.write(_with_own(self._render(_shared(headers)), headers) + body)
             return
         try:
-            self.transport.write(_with_own(known.rendered, headers) + body)
+            self.transport.write(head.rendered + body)
         finally:
-            self.protocol.responded(known.response)  # the client does not wait for that
+            self.protocol.responded(head.response)  # the client does not wait for that
 
     async def whole(self, headers: Headers, content: bytes) -> None:
         """Write a whole response with its length, and wait until the client has read enough of it."""
-        shared = self._respond(headers)
+        self._respond(headers)
+        shared = _shared(headers)
         known = _whole_heads.get(shared) if self._keeps_open() else None
         if known is None:
             head, response = self._render_whole(shared, len(content)), None
@@ -76,11 +84,10 @@ class HypercornPath(NamedTuple):
             self.protocol.responded(response)
         await self.close()
 
-    def _respond(self, headers: Headers) -> _Shared:
-        """Tell hypercorn's stream; returns the headers that are alike in other responses."""
+    def _respond(self, headers: Headers) -> None:
+        """Tell hypercorn's stream."""
         self.stream.response = {"type": "http.response.start", "status": 200, "headers": headers}
         self.stream.state = ASGIHTTPState.RESPONSE
-        return tuple(header for header in headers if header[0] not in _PER_REQUEST)
 
     def _keeps_open(self) -> bool:
         """If not, h11 answers with a connection header of its own."""
@@ -107,7 +114,7 @@ class HypercornPath(NamedTuple):
         response = self._response(shared, _CHUNKED_HEADER)
         rendered = self.protocol.render(response)
         if b"\r\nConnection:" not in rendered and len(_heads) < _MOST_HEADS:
-            _heads[shared] = _Head(response, rendered)
+            _heads[shared] = Head(response, rendered)
         return rendered
 
     async def close(self) -> None:
@@ -120,18 +127,23 @@ class HypercornPath(NamedTuple):
 _Shared: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 
-class _Head(NamedTuple):
+class Head(NamedTuple):
     """Of answers on connections that stay open."""
 
     response: h11.Response
     rendered: bytes  # by h11
 
 
-_heads: dict[_Shared, _Head] = {}
+_heads: dict[_Shared, Head] = {}
 """By the headers that answers share. h11 checks each header by regular expression: most of the time of a head."""
 
 _whole_heads: dict[_Shared, tuple[bytes, bytes]] = {}
 """The same of whole answers: what comes before their length, and behind it."""
+
+
+def _shared(headers: Headers) -> _Shared:
+    """Those that are alike in other responses."""
+    return tuple([header for header in headers if header[0] not in _PER_REQUEST])
 
 
 def _with_own(rendered: bytes, headers: Headers, framing: bytes = _CHUNKED) -> bytes:
@@ -143,7 +155,7 @@ def _with_own(rendered: bytes, headers: Headers, framing: bytes = _CHUNKED) -> b
 def find_path(send: Send) -> HypercornPath | None:
     """The way to the transport, or None where this is not hypercorn 0.18 speaking HTTP/1.1 with chunked bodies."""
     stream = getattr(send, "__self__", None)
-    if type(stream) is not HTTPStream:
+    if not isinstance(stream, HTTPStream):
         return None
     protocol = getattr(stream.send, "__self__", None)
     if type(protocol) is not Http1Protocol or type(protocol.connection) is not h11.Connection:

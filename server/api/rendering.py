@@ -93,6 +93,12 @@ class ChunkRenderer:
         self._include_usage = include_usage
         self._continuous_usage = continuous_usage
         self._frames: dict[int, tuple[bytes, bytes]] = {}
+        self._prepared: dict[int, tuple[tuple[bytes, bytes], bytes]] = {}  # frames and what `open` returns
+
+    def prepare(self, index: int) -> None:
+        """Have ready what `open` needs of a choice, unless it tells of the tokens so far."""
+        if self._continuous_usage is None:
+            self._prepared[index] = self._opening(index)
 
     def text(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         """The event, or events, for a piece of text of a choice."""
@@ -111,11 +117,15 @@ class ChunkRenderer:
 
     def open(self, choice: Choice) -> bytes:
         """What goes before a choice's text; its frame is ready afterwards."""
-        rendered = self._event([self._shape.empty_chunk_choice(choice.index)])
+        prepared = self._prepared.pop(choice.index, None)
+        self._frames[choice.index], opening = prepared or self._opening(choice.index)
+        return opening
+
+    def _opening(self, index: int) -> tuple[tuple[bytes, bytes], bytes]:
+        rendered = self._event([self._shape.empty_chunk_choice(index)])
         prefix, _, suffix = rendered.partition(orjson.dumps(TEXT_MARK))
-        self._frames[choice.index] = (prefix, suffix)
-        opening = self._shape.opening(choice.index)
-        return b"" if opening is None else self._event([opening])
+        opening = self._shape.opening(index)
+        return (prefix, suffix), b"" if opening is None else self._event([opening])
 
     def end(self, choice: Choice) -> bytes:
         """The event that tells how a choice ended."""
@@ -249,6 +259,11 @@ class StreamEmitter:
         self._renderer = renderer
         self._stream = stream
 
+    def prepare(self, num_choices: int) -> None:
+        self._stream.prepare()
+        for index in range(num_choices):
+            self._renderer.prepare(index)
+
     def __call__(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         self._stream.write(self._renderer.text(choice, text, logprobs))
 
@@ -275,6 +290,9 @@ class WholeAnswer:
         self._shape = shape
         self._texts: dict[int, list[str]] = {}
         self._logprobs: dict[int, list[TokenLogprob]] = {}
+
+    def prepare(self, num_choices: int) -> None:
+        pass
 
     def __call__(self, choice: Choice, text: str, logprobs: Sequence[TokenLogprob]) -> None:
         self._texts.setdefault(choice.index, []).append(text)

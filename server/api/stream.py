@@ -16,7 +16,7 @@ from typing import Any, Protocol, TypeAlias
 from hypercorn.protocol.http_stream import HTTPStream
 
 from trtserve.server.api.asgi import Headers, Message, Receive, Send
-from trtserve.server.api.hypercorn_path import HypercornPath, find_path
+from trtserve.server.api.hypercorn_path import Head, HypercornPath, find_path
 
 _LAST_CHUNK = b"0\r\n\r\n"
 
@@ -38,7 +38,7 @@ class DisconnectWatch:
         self._receive = receive
         self._left: Callable[[], None] | None = left
         stream = getattr(send, "__self__", None)
-        self._stream: Any = stream if type(stream) is HTTPStream else None
+        self._stream: Any = stream if isinstance(stream, HTTPStream) else None
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> DisconnectWatch:
@@ -86,6 +86,9 @@ class EventStream(Protocol):
     started: bool
     """Whether anything was written: from then on the status cannot change."""
 
+    def prepare(self) -> None:
+        """Have ready what the first piece needs. To be called while there is nothing else to do, or not at all."""
+
     def write(self, data: bytes) -> None:
         """Send a piece of the body now; the head goes first. Never blocks, never raises."""
 
@@ -118,12 +121,17 @@ class DirectStream:
         self._too_slow = too_slow
         self._max_buffered_bytes = max_buffered_bytes
         self._is_open = True
+        self._head: Head | None = None
         self.started = False
+
+    def prepare(self) -> None:
+        if self._is_open and not self.started and self._late_headers is no_late_headers:
+            self._head = self._path.known_head(self._headers)
 
     def _begin(self, body: bytes) -> None:
         """Write the head with the first bytes of the body. Raises RuntimeError where uvloop closed the transport."""
         self.started = True
-        self._path.begin([*self._headers, *self._late_headers()], body)
+        self._path.begin([*self._headers, *self._late_headers()], body, self._head)
 
     async def __aenter__(self) -> DirectStream:
         return self
@@ -209,6 +217,9 @@ class AsgiStream:
         self._ending = False
         self._is_open = True
         self.started = False
+
+    def prepare(self) -> None:
+        pass
 
     async def __aenter__(self) -> AsgiStream:
         self._pump = asyncio.create_task(self._send_buffered())  # owned: cancelled and awaited below

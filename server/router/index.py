@@ -65,11 +65,19 @@ class PrefixIndex:
         self._shards: tuple[dict[int, int], ...] = tuple({} for _ in range(_NUM_SHARDS))
         self._workers: dict[int, _Worker] = {}  # by slot
         self._serial = 0
-        self.changes = 0
+        self._changes = 0
+        self._late: list[Reservation] = []  # what `reserve` has not entered yet
+
+    @property
+    def changes(self) -> int:
         """Grows whenever an answer of `overlaps` could have changed."""
+        if self._late:
+            self._enter_late()
+        return self._changes
 
     def __len__(self) -> int:
         """How many distinct blocks are stored or reserved anywhere."""
+        self._enter_late()
         return sum(map(len, self._shards))
 
     # -------------------------------------------------------------- workers come and go
@@ -83,6 +91,7 @@ class PrefixIndex:
     def remove_worker(self, slot: int) -> None:
         """Forget the worker, its blocks and its reservations, whose `unreserve` then does nothing. Costs as much as
         removing its own blocks."""
+        self._enter_late()
         worker = self._workers.pop(slot)
         self._hide(worker.bit, worker.stored)
         self._hide(worker.bit, worker.reserved)
@@ -97,6 +106,7 @@ class PrefixIndex:
 
     def num_reserved(self, slot: int) -> int:
         """Blocks that are reserved, however often, and not stored yet."""
+        self._enter_late()
         return len(self._workers[slot].reserved)
 
     # -------------------------------------------------------------- what workers say
@@ -105,6 +115,7 @@ class PrefixIndex:
         """The worker has these blocks, known ones allowed; their reservations there are confirmed and end.
 
         Raises TooManyBlocks, and changes nothing, if it would have more than its num_blocks."""
+        self._enter_late()
         worker = self._workers[slot]
         stored = worker.stored
         # One int object for each hash, whatever `hashes` is: the index and the worker's dict share it where it was not
@@ -122,6 +133,7 @@ class PrefixIndex:
 
     def remove(self, slot: int, hashes: Iterable[int]) -> None:
         """The worker does not have these blocks any more, unknown ones allowed. Reserved ones go on counting."""
+        self._enter_late()
         worker = self._workers[slot]
         stored = worker.stored
         gone = []
@@ -134,6 +146,7 @@ class PrefixIndex:
 
     def clear(self, slot: int) -> None:
         """The worker has no blocks any more. Reserved ones go on counting."""
+        self._enter_late()
         worker = self._workers[slot]
         gone, worker.stored = worker.stored, {}
         self._hide(worker.bit, gone)
@@ -153,12 +166,27 @@ class PrefixIndex:
 
     def reserve(self, slot: int, hashes: Sequence[int]) -> Reservation:
         """A request with this prompt was sent to the worker: the blocks that are not stored there count as if they
-        were. `hashes` is kept. End it with `unreserve`."""
-        worker = self._workers[slot]
-        stored, reserved = worker.stored, worker.reserved
+        were. `hashes` is kept. End it with `unreserve`.
+
+        They are entered when the index is used next: the request goes its way first."""
+        if slot not in self._workers:
+            raise KeyError(slot)
         self._serial += 1
-        first = (self._serial, 1)
-        new = [block for block in hashes if block not in stored]
+        reservation = Reservation(slot, self._serial, hashes)
+        self._late.append(reservation)
+        return reservation
+
+    def _enter_late(self) -> None:
+        if self._late:
+            late, self._late = self._late, []
+            for reservation in late:
+                self._enter(reservation)
+
+    def _enter(self, reservation: Reservation) -> None:
+        worker = self._workers[reservation._slot]
+        stored, reserved = worker.stored, worker.reserved
+        first = (reservation._serial, 1)
+        new = [block for block in reservation._hashes if block not in stored]
         if not reserved.keys().isdisjoint(new):
             lacking, new = new, []
             for block in lacking:
@@ -170,11 +198,11 @@ class PrefixIndex:
         if new:
             reserved.update(dict.fromkeys(new, first))
             self._show(worker.bit, new)
-        return Reservation(slot, self._serial, hashes)
 
     def unreserve(self, reservation: Reservation) -> None:
         """The request has ended: what the worker did not store of it counts no longer, unless another request reserved
         it too. Nothing happens the second time, or after `remove_worker`."""
+        self._enter_late()
         hashes, reservation._hashes = reservation._hashes, ()
         worker = self._workers.get(reservation._slot)
         if worker is None:
@@ -207,6 +235,7 @@ class PrefixIndex:
         there as well. Where a worker has a hole all the same, its answer *n* may lie behind it; block *n - 1* is there
         and block *n* is not, in any case.
         """
+        self._enter_late()
         at_first = self.holders(hashes[0]) if hashes else 0
         if not at_first:
             return {}
@@ -245,11 +274,13 @@ class PrefixIndex:
 
     def holders(self, block: int) -> int:
         """A mask with a bit for the slot of each worker that has the block, or soon will."""
+        if self._late:
+            self._enter_late()
         return self._shards[block & _SHARD_BITS].get(block, 0)
 
     def _show(self, bit: int, blocks: Iterable[int]) -> None:
         shards = self._shards
-        self.changes += 1
+        self._changes += 1
         before: int | None = None
         after = bit
         for block in blocks:
@@ -266,7 +297,7 @@ class PrefixIndex:
     def _hide(self, bit: int, blocks: Iterable[int]) -> None:
         """All of `blocks` are shown."""
         shards = self._shards
-        self.changes += 1
+        self._changes += 1
         before = after = 0
         for block in blocks:
             shard = shards[block & _SHARD_BITS]

@@ -64,10 +64,12 @@ class Traffic:
         self._reuse = DecayedMean(START.reuse_probability, _REUSE_HALF_LIFE, _REUSE_START_WEIGHT)
         self._life_s = DecayedMean(START.block_life_s, _LIFE_HALF_LIFE)
         self._estimates: Estimates | None = None
+        self._late: list[tuple[Sequence[int], int, float]] = []  # what `sent` has not counted yet
 
     @property
     def estimates(self) -> Estimates:
         """To be used for decisions; cheap."""
+        self._count_late()
         if self._estimates is None:
             pinned = self._options
             self._estimates = Estimates(
@@ -79,6 +81,7 @@ class Traffic:
 
     def report(self) -> TrafficReport:
         """For people: dataclasses of numbers all the way down."""
+        self._count_late()
         return TrafficReport(
             self._learnt(),
             self._options,
@@ -94,10 +97,19 @@ class Traffic:
         self._estimates = None
 
     def sent(self, hashes: Sequence[int], num_hit_blocks: int, now_s: float) -> None:
-        """A request was bound to a worker that has the first `num_hit_blocks` of its blocks."""
+        """A request was bound to a worker that has the first `num_hit_blocks` of its blocks. `hashes` is kept until it
+        is counted, when somebody asks: the request goes its way first."""
+        if hashes:
+            self._late.append((hashes, num_hit_blocks, now_s))
+
+    def _count_late(self) -> None:
+        if self._late:
+            late, self._late = self._late, []
+            for hashes, num_hit_blocks, sent_s in late:
+                self._count(hashes, num_hit_blocks, sent_s)
+
+    def _count(self, hashes: Sequence[int], num_hit_blocks: int, now_s: float) -> None:
         count = len(hashes)
-        if not count:
-            return
         self._reuse.add(num_hit_blocks / count, count)
         used, ages, total_s = self._last_use_s, 0, 0.0
         for place in [place for place, block in enumerate(hashes) if not block & _SAMPLE_MASK]:
@@ -119,6 +131,7 @@ class Traffic:
 
     def ages_s(self, hashes: Sequence[int], now_s: float) -> list[float]:
         """How long ago the blocks were last sent to any worker; of those among them that are remembered."""
+        self._count_late()
         used = self._last_use_s
         return [now_s - used[block] for block in hashes if not block & _SAMPLE_MASK and block in used]
 

@@ -235,11 +235,13 @@ def test_a_lack_of_descriptors_passes(runtime_dir):
     server = DescriptorServer(TransferConfig(WorkerId("poor"), 1, runtime_dir))
     server.start()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as peer:
+    first, peer = (socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(2))
+    with first, peer:
         peer.settimeout(0.2)
         try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (peer.fileno() + 1, hard))
-            peer.connect(f"{runtime_dir}/{server.name}")
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+            for one in (first, peer):  # who waits in accept has a descriptor for the first one already
+                one.connect(f"{runtime_dir}/{server.name}")
             with pytest.raises(TimeoutError):
                 peer.recv(100)
         finally:

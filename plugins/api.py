@@ -6,6 +6,9 @@ is the one page that an author reads: half of it is the contracts' text.
 
 Token ids travel as `TokenIds`: an `array` of C ints (typecode ``"i"``, int32), which is compact, indexable and
 gives its bytes away without a copy. Nobody changes one after it was handed over.
+
+What is made for every request or step is a frozen `msgspec.Struct`: it is made in a quarter of the time that a frozen
+dataclass takes, and goes over the wire as an array of its fields. `msgspec.structs.replace` makes a changed copy.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, NewType, Protocol, Self, TypeAlias, runtime_checkable
+
+import msgspec
 
 RequestId = NewType("RequestId", int)
 """One generated sequence, unique for the life of the server process (a request with n=2 has two)."""
@@ -49,16 +54,14 @@ class FinishReason(StrEnum):
 # ------------------------------------------------------------------ requests and what comes back
 
 
-@dataclass(frozen=True, slots=True)
-class GuidedDecoding:
+class GuidedDecoding(msgspec.Struct, frozen=True, array_like=True):
     """The form that an answer must have."""
 
     kind: Literal["json_object", "json_schema", "regex", "grammar"]  # grammar: EBNF
     text: str = ""  # the schema as JSON, the expression or the grammar; empty with json_object
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingParams:
+class SamplingParams(msgspec.Struct, frozen=True, array_like=True):
     """How to choose tokens. The server has validated every bound given here; engines need not.
 
     Greedy means ``temperature == 0``. Penalties look at prompt and output as vLLM's do: repetition_penalty counts
@@ -82,8 +85,7 @@ class SamplingParams:
     guided: GuidedDecoding | None = None  # only where `EngineInfo.supports_guided_decoding`
 
 
-@dataclass(frozen=True, slots=True)
-class KVHandle:
+class KVHandle(msgspec.Struct, frozen=True, array_like=True):
     """KV of a prompt that a worker keeps for another one; (worker_id, incarnation, lease_id) names it.
 
     Of a worker whose rows others read: block i of the prompt, for i from `first_block` on, is in row
@@ -100,8 +102,7 @@ class KVHandle:
     descriptor: bytes = b""  # at most 1 MiB, opaque: all that the engine on the other side needs
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(msgspec.Struct, frozen=True):
     """One sequence to generate. Immutable; `prompt` is shared, never copied, by whoever holds the request."""
 
     id: RequestId
@@ -117,8 +118,7 @@ class Request:
     rank: int | None = None  # of an engine with `EngineInfo.num_ranks` above 1: the one that is to serve it; None: any
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """Log probabilities at one position, after temperature-free softmax of the penalised logits."""
 
     token_id: int
@@ -135,8 +135,7 @@ class KVLayout:
     device: str  # where rows have to be: cpu, or cuda:N
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(msgspec.Struct, frozen=True):
     """What one engine step gave one request.
 
     `token_ids` holds every token that was generated, the one that ended the sequence included; `stop_token_id` then
@@ -166,31 +165,27 @@ class StoredBlock(NamedTuple):
     token_ids: TokenIds  # int32[block_size]
 
 
-@dataclass(frozen=True, slots=True)
-class KVStored:
+class KVStored(msgspec.Struct, frozen=True):
     """`blocks` follow one another; the first one's parent is `parent` (None: the start of a sequence)."""
 
     parent: BlockHash | None
     blocks: tuple[StoredBlock, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class KVRemoved:
+class KVRemoved(msgspec.Struct, frozen=True):
     """These blocks were evicted (a block that a request merely let go of is still stored)."""
 
     hashes: tuple[BlockHash, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class KVCleared:
+class KVCleared(msgspec.Struct, frozen=True):
     """Nothing is stored any more."""
 
 
 KVEvent: TypeAlias = KVStored | KVRemoved | KVCleared
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerLoad:
+class WorkerLoad(msgspec.Struct, frozen=True, array_like=True):
     """State of an engine right after a step. Counters (`*_total`) only ever grow within one incarnation."""
 
     running: int = 0  # sequences holding KV blocks
@@ -205,8 +200,7 @@ class WorkerLoad:
     lost_kv_events_total: int = 0  # events that the engine itself lost: nobody knows what they would have told
 
 
-@dataclass(frozen=True, slots=True)
-class PassStats:
+class PassStats(msgspec.Struct, frozen=True, array_like=True):
     """What one forward pass did, for the router's learnt speeds."""
 
     duration_s: float
@@ -215,8 +209,7 @@ class PassStats:
     context_tokens: int  # KV tokens read by the decoding sequences
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutputs:
+class StepOutputs(msgspec.Struct, frozen=True):
     """Everything one engine step has to say; the worker sends it as one message."""
 
     outputs: Sequence[Output]
@@ -427,8 +420,7 @@ class OutputSink(Protocol):
         """How many prompt tokens came from a prefix cache; called once, before the first `push`."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(msgspec.Struct, frozen=True):
     """How a run ended, for the mode that awaited it."""
 
     reason: FinishReason

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from trtserve.plugins.api import EngineInfo, Request, RequestId, Role, WorkerId, WorkerLoad
 
 LONG_AGO_S = -1e9
@@ -105,8 +107,7 @@ def _no_overlaps() -> Mapping[int, int]:
     return {}
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class HeldRequest:
+class HeldRequest(msgspec.Struct, frozen=True, eq=False):
     """A request that waits in the router's queue."""
 
     request: Request
@@ -118,8 +119,7 @@ class HeldRequest:
     moves_kv: bool = False  # its prompt's KV comes from another worker: blocks that are lacking need not be computed
 
 
-@dataclass(frozen=True, slots=True)
-class RoutingState:
+class RoutingState(msgspec.Struct, frozen=True):
     """All that a decision may depend on, beside the held requests."""
 
     now_s: float  # monotonic
@@ -127,8 +127,7 @@ class RoutingState:
     estimates: Estimates
 
 
-@dataclass(frozen=True, slots=True)
-class Assignment:
+class Assignment(msgspec.Struct, frozen=True):
     """One request to one worker, now."""
 
     request_id: RequestId
@@ -136,8 +135,7 @@ class Assignment:
     cost_ms: float | None = None  # what the policy thinks it costs, for the explanation
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+class Plan(msgspec.Struct, frozen=True):
     """A policy's answer."""
 
     assignments: Sequence[Assignment]

@@ -11,9 +11,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
+
+from msgspec.structs import replace
 
 from trtserve.plugins.api import Finish, KVHandle, Placement, Request, WorkerId
 from trtserve.server.errors import WorkerLost

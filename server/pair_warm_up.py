@@ -10,9 +10,10 @@ import asyncio
 import logging
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from itertools import count
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from trtserve.plugins.api import (
     Finish,

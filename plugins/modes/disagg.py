@@ -14,8 +14,9 @@ import asyncio
 from array import array
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import replace
 from typing import Any, TypeVar
+
+from msgspec.structs import replace
 
 from trtserve.plugins.api import (
     Cluster,

@@ -51,8 +51,8 @@ class HypercornPath(NamedTuple):
 
     def begin(self, headers: Headers, body: bytes, head: Head | None = None) -> None:
         """Write the response's head and the first bytes of its body; h11 and hypercorn move on as if ASGI had started
-        the response. head: that of `known_head`, if asked for. Raises RuntimeError, having moved on, where uvloop closed
-        the transport."""
+        the response. head: that of `known_head`, if asked for already. Raises RuntimeError, having moved on, where
+        uvloop closed the transport."""
         self._respond(headers)
         if head is None:
             head = self.known_head(headers)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -46,7 +45,7 @@ class Workers:
             "phase": client.phase,
             "restarts": client.restarts,
             "booked_sequences": self._serving.cluster.booked(client),
-            "load": asdict(client.load),
+            "load": msgspec.structs.asdict(client.load),
             "ranks": client.num_ranks,
             "engine": dict(client.info.about) if client.info is not None else {},
             "kv": None,

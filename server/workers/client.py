@@ -7,9 +7,11 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
+
+from msgspec.structs import replace
 
 from trtserve.plugins.api import (
     EngineInfo,

@@ -7,7 +7,6 @@ knows the one worker. Requests go to its process with the rank in them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 
 from trtserve.plugins.api import EngineInfo, WorkerId, WorkerLoad
 
@@ -31,5 +30,5 @@ def total_load(loads: Mapping[int, WorkerLoad]) -> WorkerLoad:
     """Of all ranks of a worker together."""
     if len(loads) == 1:
         return next(iter(loads.values()))
-    names = [field.name for field in fields(WorkerLoad)]
+    names = WorkerLoad.__struct_fields__
     return WorkerLoad(**{name: sum(getattr(load, name) for load in loads.values()) for name in names})

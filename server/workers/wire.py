@@ -38,7 +38,7 @@ from trtserve.plugins.api import (
 )
 from trtserve.server.workers.kv_messages import KVFromWorker, KVPort, KVToWorker, KVUsage
 
-WIRE_VERSION = 6
+WIRE_VERSION = 7
 
 MAX_MESSAGE_BYTES = 64 * 2**20
 """Either side closes the connection of a peer that sends more."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from array import array
 from contextlib import ExitStack
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from tests.models import EOS_TOKEN_ID, MAX_SEQ_LEN
 from trtserve.plugins.api import EngineConfig, FinishReason, Request, Role, SamplingParams

@@ -1,9 +1,9 @@
 """The conformance suite notices what it is there for: engines that are wrong in one way each."""
 
 from array import array
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from trtserve.plugins.api import EngineConfig, FinishReason, KVStored, Output, RequestId, StepOutputs, WorkerLoad
 from trtserve.plugins.conformance import engine as suite

@@ -2,9 +2,9 @@
 
 import asyncio
 from array import array
-from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace
 
 from trtserve.plugins.api import (
     Finish,

@@ -22,7 +22,9 @@ durations with `plan_decodes` and runs those that it needs at once with `run_dec
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+
+from msgspec.structs import replace
 
 from trtserve.plugins.api import (
     FinishReason,

@@ -13,8 +13,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
+
+from msgspec.structs import replace
 
 from trtserve.plugins.api import FinishReason, KVHandle, Output, Request, RequestId, RequestRefused
 from trtserve.plugins.engines.tensorrt_llm import hand_over

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from trtserve.plugins.api import EngineSink, KVEvent, Output, PassStats, StepOutputs
 from trtserve.plugins.engines.tensorrt_llm.stats import LoadBook

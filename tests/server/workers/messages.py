@@ -1,9 +1,9 @@
 """Hypothesis strategies for everything that crosses the wire."""
 
 from array import array
-from dataclasses import replace
 
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from trtserve.plugins.api import (
     BlockHash,
@@ -42,7 +42,7 @@ HASH = UINT64.map(BlockHash)
 TOKENS = st.lists(INT32, min_size=1, max_size=6)
 
 
-LOAD = st.builds(WorkerLoad, **{name: COUNT for name in WorkerLoad.__dataclass_fields__})
+LOAD = st.builds(WorkerLoad, **{name: COUNT for name in WorkerLoad.__struct_fields__})
 INFO = st.builds(
     EngineInfo,
     *[COUNT] * 6,

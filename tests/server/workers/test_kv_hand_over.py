@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from msgspec.structs import replace
 
 from tests.server.workers.conftest import Sink, until
 from tests.server.workers.kv_sites import (
@@ -206,7 +207,7 @@ async def test_a_commit_before_the_end_drops_the_fetch(sites):
     prefill, decode = await sites.pair()
     request = a_prompt(1)
     tokens, handle = await prefilled(prefill, request)
-    decode.kv.fetch(request, type(handle)(*(getattr(handle, name) for name in handle.__slots__[:5]), is_final=False))
+    decode.kv.fetch(request, replace(handle, is_final=False))
     decode.kv.commit(request.id, True)
     assert (await decoded(decode, resumed(request, tokens))).cached_tokens == 0
     await nothing_is_left(decode)

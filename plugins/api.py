@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, NewType, Protocol, Self, TypeAlias, runtime_checkable
+from typing import Any, Literal, NewType, Protocol, Self, TypeAlias, runtime_checkable
 
 import msgspec
 
@@ -158,7 +158,7 @@ class Output(msgspec.Struct, frozen=True):
     )
 
 
-class StoredBlock(NamedTuple):
+class StoredBlock(msgspec.Struct, frozen=True, gc=False):
     """A full block whose KV can be reused from now on."""
 
     hash: BlockHash

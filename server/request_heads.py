@@ -6,9 +6,8 @@ but the digits of its content-length, and a request is whole when exactly so man
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import h11
+import msgspec
 
 MOST_HEADS = 256
 MOST_HEAD_BYTES = 4096
@@ -23,7 +22,7 @@ _CHANGING = frozenset({b"upgrade", b"expect", b"transfer-encoding", b"http2-sett
 Header = tuple[bytes, bytes]
 
 
-class Cut(NamedTuple):
+class Cut(msgspec.Struct, frozen=True, gc=False):
     """The beginning of what a connection has received."""
 
     key: bytes  # the head without the digits of its content-length
@@ -31,7 +30,7 @@ class Cut(NamedTuple):
     num_bytes: int  # of the head
 
 
-class KnownHead(NamedTuple):
+class KnownHead(msgspec.Struct, frozen=True):
     """What h11 made of a head."""
 
     method: str

@@ -10,7 +10,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple
+
+import msgspec
 
 from trtserve.plugins.api import Request, TokenIds
 from trtserve.server.api.asgi import Headers, Receive, Scope, Send
@@ -30,7 +31,7 @@ from trtserve.server.text.text_stream import TextStream
 logger = logging.getLogger(__name__)
 
 
-class Prepared(NamedTuple):
+class Prepared(msgspec.Struct, frozen=True):
     """A parsed body with its prompts as tokens."""
 
     params: GenerationParams

@@ -10,9 +10,10 @@ Knows the insides of hypercorn 0.18 and h11 0.16.
 from __future__ import annotations
 
 import asyncio
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import h11
+import msgspec
 from hypercorn.asyncio.tcp_server import TCPServer
 from hypercorn.protocol.events import StreamClosed
 from hypercorn.protocol.http_stream import ASGIHTTPState, HTTPStream
@@ -36,7 +37,7 @@ _CHUNKED_HEADER = (b"transfer-encoding", b"chunked")
 _MOST_HEADS = 64
 
 
-class HypercornPath(NamedTuple):
+class HypercornPath(msgspec.Struct, frozen=True):
     """The objects between ASGI's `send` and the socket."""
 
     stream: HTTPStream
@@ -127,7 +128,7 @@ class HypercornPath(NamedTuple):
 _Shared: TypeAlias = tuple[tuple[bytes, bytes], ...]
 
 
-class Head(NamedTuple):
+class Head(msgspec.Struct, frozen=True):
     """Of answers on connections that stay open."""
 
     response: h11.Response

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
+import msgspec
 import orjson
 
 from trtserve.plugins.api import TokenLogprob
@@ -22,7 +23,7 @@ from trtserve.server.text.tokenizer import Tokenizer
 DONE = b"data: [DONE]\n\n"
 
 
-class Usage(NamedTuple):
+class Usage(msgspec.Struct, frozen=True, gc=False):
     """Tokens of a whole request: each prompt once, every choice."""
 
     prompt_tokens: int
@@ -39,7 +40,7 @@ class Usage(NamedTuple):
         }
 
 
-class Envelope(NamedTuple):
+class Envelope(msgspec.Struct, frozen=True, gc=False):
     """What every object of one answer shares."""
 
     id: str

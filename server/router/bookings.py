@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from trtserve.plugins.api import Request, RequestId, WorkerId
 from trtserve.plugins.routing_api import WorkerView
 from trtserve.server.router.feed import EventFeed, RoutedBlocks
@@ -34,8 +36,7 @@ class Worker:
         return self.tracked.counts
 
 
-@dataclass(slots=True, eq=False)
-class Booking:
+class Booking(msgspec.Struct, eq=False):
     """One request on one worker, from the decision until `RoutingCore.ended`."""
 
     worker: Worker

@@ -8,7 +8,8 @@ next pass works on, and the learnt pass times say when that one ends; every repo
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+
+import msgspec
 
 from trtserve.plugins.api import PassStats, Request, WorkerLoad
 from trtserve.plugins.routing_api import LONG_AGO_S, PassTimes, WorkerView
@@ -18,8 +19,7 @@ _START_S = 0.0002
 """An idle worker begins its pass about so long after the first request was sent; what is sent until then joins it."""
 
 
-@dataclass(slots=True, eq=False)
-class Booked:
+class Booked(msgspec.Struct, eq=False):
     """A request that was sent to a worker and has not ended."""
 
     request: Request

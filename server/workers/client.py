@@ -7,10 +7,10 @@ import logging
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+import msgspec
 from msgspec.structs import replace
 
 from trtserve.plugins.api import (
@@ -43,8 +43,7 @@ class WorkerState(StrEnum):
     GONE = "gone"  # ended or given up; a restart makes it STARTING
 
 
-@dataclass(slots=True)
-class _Run:
+class _Run(msgspec.Struct):
     """One submitted request: where its tokens go and who waits for its end."""
 
     sink: OutputSink

@@ -147,13 +147,13 @@ class Link:
         for _ in range(_MESSAGES_PER_TURN):
             try:
                 # Two frames of every worker that knows the wire. `recv_multipart` would take twice as long.
-                identity, payload = receive(_NOBLOCK), receive(_NOBLOCK)
+                identity, frame = receive(_NOBLOCK), receive(_NOBLOCK, copy=False)
             except zmq.Again:  # whoever calls has seen that something is there, and is rarely wrong
                 return received, True
-            if ask(_RCVMORE):
+            if frame.more:
                 self._drop_rest()
             else:
-                self._decode(identity, payload, received)
+                self._decode(identity, frame.bytes, received)
             # Asked, as an exception at each end would cost more. The descriptor signals what comes after a no; whatever
             # sends meanwhile asks again.
             if not ask(_EVENTS) & _POLLIN:  # type: ignore[operator]

@@ -25,7 +25,8 @@ age at which blocks are used again. Everything is clamped to where it was fitted
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+
+import msgspec
 
 from trtserve.plugins.policies.kv.options import KVOptions
 from trtserve.plugins.routing_api import Estimates, WorkerView
@@ -226,7 +227,7 @@ class PlannedWorker:
         self.free_blocks -= prompt.needed_blocks
 
 
-class PlannedPrompt(NamedTuple):  # made for every held request of every decision, and a tuple is made quickly
+class PlannedPrompt(msgspec.Struct, frozen=True, gc=False):
     """A prompt on workers of one kind that have equally much of it."""
 
     length: int

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from trtserve.plugins.api import RequestId, Role, WorkerId
 from trtserve.plugins.policies.kv.cost import PassCosts, PlannedPrompt, PlannedWorker, Weights
@@ -34,8 +35,7 @@ _LEAST_PATIENCE_MS = 1.0
 """A shorter wait for others of the same moment costs more than it brings."""
 
 
-@dataclass(slots=True)
-class _Candidate:
+class _Candidate(msgspec.Struct):
     """A held request in one decision."""
 
     waiting: HeldRequest

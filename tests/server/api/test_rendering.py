@@ -111,6 +111,23 @@ def test_a_choice_opens_once(tokenizer):
     assert end["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
 
 
+@pytest.mark.parametrize("kind", ["chat", "completion"])
+@pytest.mark.parametrize("index", [0, 1])
+def test_what_is_prepared_is_what_is_sent(tokenizer, kind, index):
+    """And tells as many tokens as there are when it is sent."""
+    prepared, unprepared = (ChunkRenderer(ENVELOPE, shapes(tokenizer)[kind], True, None) for _ in range(2))
+    prepared.prepare(index)
+    assert prepared.frame(EndedChoice(index)) is None
+    for text in ("a", "b"):
+        assert prepared.text(EndedChoice(index), text, ()) == unprepared.text(EndedChoice(index), text, ())
+    tokens = 0
+    telling = ChunkRenderer(ENVELOPE, shapes(tokenizer)[kind], True, lambda: Usage(10, tokens, 0))
+    telling.prepare(index)
+    tokens = 3
+    usages = {event["usage"]["completion_tokens"] for event in events(telling.text(EndedChoice(index), "a", ()))}
+    assert usages == {3}
+
+
 def test_a_choice_that_says_nothing_opens_at_its_end(tokenizer):
     renderer = ChunkRenderer(ENVELOPE, ChatShape(tokenizer), False, None)
     opening, end = events(renderer.end(EndedChoice(finish_reason="length", stop_reason=5)))

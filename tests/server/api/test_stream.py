@@ -109,15 +109,20 @@ async def test_the_client_side_of_h11_agrees():
 
 
 async def test_heads_are_those_of_h11_each_time():
-    """The first is rendered by h11, later ones are known; each has its own request id. Who closes is told so."""
+    """The first is rendered by h11, later ones are known, prepared or not; each has its own request id. Who closes is
+    told so."""
     headers = [*HEADERS[:1], (b"x-test", b"known heads")]  # of this test only
 
     async def answer(scope, receive, send):
         name = dict(scope["headers"])[b"name"]
         async with direct(send, [*headers, (b"x-request-id", name)], no_one, BIG) as stream:
+            if name != b"b":
+                stream.prepare()
             if name != b"at once":
                 stream.write(b"first")
+            stream.prepare()  # too late, which does no harm
             await stream.end(b"last")
+        stream.prepare()
 
     async def ask(reader, writer, name, more=b""):
         writer.write(b"GET / HTTP/1.1\r\nhost: x\r\nname: " + name + b"\r\n" + more + b"\r\n")

@@ -9,6 +9,10 @@ from trtserve.server.router.index import PrefixIndex, TooManyBlocks
 CHAIN = [2**63 + 7 * number for number in range(300)]
 
 
+LOSE = (PrefixIndex.clear, lambda index, slot: index.replace(slot, []), lambda index, slot: index.remove(slot, CHAIN))
+"""Ways for all stored blocks to go."""
+
+
 @pytest.fixture
 def index():
     return PrefixIndex()
@@ -132,11 +136,12 @@ def test_confirmed_and_removed_leaves_another_requests_reservation_alone(index):
     assert len(index) == 0
 
 
-def test_a_block_that_was_stored_when_the_request_was_sent_is_not_its_reservation(index):
+@pytest.mark.parametrize("lose", LOSE)
+def test_a_block_that_was_stored_when_the_request_was_sent_is_not_its_reservation(index, lose):
     slot = index.add_worker(10)
     index.store(slot, CHAIN[:1])
     first = index.reserve(slot, CHAIN[:1])
-    index.remove(slot, CHAIN[:1])
+    lose(index, slot)
     assert index.overlaps(CHAIN) == {}
     second = index.reserve(slot, CHAIN[:1])
     index.unreserve(first)
@@ -145,10 +150,7 @@ def test_a_block_that_was_stored_when_the_request_was_sent_is_not_its_reservatio
     assert len(index) == 0
 
 
-@pytest.mark.parametrize(
-    "lose",
-    [PrefixIndex.clear, lambda index, slot: index.replace(slot, []), lambda index, slot: index.remove(slot, CHAIN)],
-)
+@pytest.mark.parametrize("lose", LOSE)
 def test_reservations_survive_the_loss_of_stored_blocks(index, lose):
     slot = index.add_worker(10)
     reservation = index.reserve(slot, CHAIN[:2])

@@ -24,16 +24,15 @@ class Worker:
     eviction: EvictionAge
     bookings: dict[RequestId, Booking] = field(default_factory=dict)
     is_draining: bool = False  # takes no more requests; see `RoutingCore.drain`
+    counts: WorkerView = field(init=False)  # the same object as `view` with what is counted only, which costs nothing
+
+    def __post_init__(self) -> None:
+        self.counts = self.tracked.counts
 
     @property
     def view(self) -> WorkerView:
         """With all that is estimated."""
         return self.tracked.view
-
-    @property
-    def counts(self) -> WorkerView:
-        """The same object with what is counted only, which costs nothing."""
-        return self.tracked.counts
 
 
 class Booking(msgspec.Struct, eq=False):

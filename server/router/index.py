@@ -65,15 +65,8 @@ class PrefixIndex:
         self._shards: tuple[dict[int, int], ...] = tuple({} for _ in range(_NUM_SHARDS))
         self._workers: dict[int, _Worker] = {}  # by slot
         self._serial = 0
-        self._changes = 0
+        self._changes = 0  # grows whenever an answer of `overlaps` could have changed
         self._late: list[Reservation] = []  # what `reserve` has not entered yet
-
-    @property
-    def changes(self) -> int:
-        """Grows whenever an answer of `overlaps` could have changed."""
-        if self._late:
-            self._enter_late()
-        return self._changes
 
     def __len__(self) -> int:
         """How many distinct blocks are stored or reserved anywhere."""
@@ -331,7 +324,9 @@ class Overlaps:
     def __call__(self) -> Mapping[int, int]:
         """Hot: asked of every held request in every decision."""
         index = self._index
-        if self._changes != index.changes:
+        if index._late:
+            index._enter_late()
+        if self._changes != index._changes:
             hashes = self._hashes
             if self._changes == _NEVER:
                 self._find()
@@ -340,7 +335,7 @@ class Overlaps:
                 holders = index._shards[first & _SHARD_BITS].get(first, 0)
                 if holders != self._holders or (holders and not self._is_still_true()):
                     self._find()
-            self._changes = index.changes
+            self._changes = index._changes
         return self._depths
 
     def _is_still_true(self) -> bool:

@@ -13,6 +13,7 @@ from functools import partial
 from trtserve.plugins.api import StepOutputs, WorkerLoad
 from trtserve.server.workers import wire
 from trtserve.server.workers.block_mirror import BlockMirror
+from trtserve.server.workers.plain_steps import PlainSteps, is_plain
 from trtserve.server.workers.ranks import total_load
 from trtserve.server.workers.warm_up import WarmUpWatch
 
@@ -41,7 +42,7 @@ class Outbox:
 
     def __init__(self, limit: int = OUTBOX_LIMIT) -> None:
         self._limit = limit
-        self._messages: deque[bytes] = deque()
+        self._messages: deque[bytes | PlainSteps] = deque()  # the latter are encoded when they are taken
         self._has_room = threading.Condition()
         self.descriptor = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
 
@@ -49,12 +50,19 @@ class Outbox:
         """Messages that wait."""
         return len(self._messages)
 
-    def put(self, make: Callable[[], wire.FromWorker]) -> None:
-        """Wait for room, then make a message and queue it. Raises OutboxFull."""
+    @property
+    def last(self) -> bytes | PlainSteps | None:
+        """The last message that waits. For `make` functions."""
+        return self._messages[-1] if self._messages else None
+
+    def put(self, make: Callable[[], wire.FromWorker | PlainSteps | None]) -> None:
+        """Wait for room, then make a message and queue it; None: it was added to `last`. Raises OutboxFull."""
         with self._has_room:
-            if not self._has_room.wait_for(lambda: len(self._messages) < self._limit, _LONGEST_WAIT_S):
-                raise OutboxFull(f"the server has not read its messages for {_LONGEST_WAIT_S:.0f} s")
-            self._messages.append(wire.encode(make()))
+            self._wait_for_room()
+            made = make()
+            if made is None:
+                return
+            self._messages.append(made if isinstance(made, PlainSteps) else wire.encode(made))
         os.eventfd_write(self.descriptor, 1)
 
     def put_at_once(self, make: Callable[[], wire.FromWorker]) -> None:
@@ -70,13 +78,24 @@ class Outbox:
             messages = self._messages
             if not messages:
                 return None
-            taken = [messages.popleft()]
-            num_bytes = len(taken[0])
-            while messages and len(taken) < _MOST_IN_BATCH and num_bytes + len(messages[0]) <= _MOST_BATCH_BYTES:
-                taken.append(messages.popleft())
-                num_bytes += len(taken[-1])
+            taken: list[bytes] = []
+            num_bytes = 0
+            while messages and len(taken) < _MOST_IN_BATCH:
+                first = messages[0]
+                data = messages[0] = first if isinstance(first, bytes) else wire.encode(first.message())
+                num_bytes += len(data)
+                if taken and num_bytes > _MOST_BATCH_BYTES:
+                    break
+                taken.append(data)
+                messages.popleft()
             self._has_room.notify(len(taken))
         return wire.batch_of(taken)
+
+    def _wait_for_room(self) -> None:
+        if len(self._messages) >= self._limit and not self._has_room.wait_for(
+            lambda: len(self._messages) < self._limit, _LONGEST_WAIT_S
+        ):
+            raise OutboxFull(f"the server has not read its messages for {_LONGEST_WAIT_S:.0f} s")
 
     def reset(self) -> None:
         """Call before taking: later puts wake the poller again."""
@@ -111,13 +130,19 @@ class WireSink:
         # Only now: Ready, which the end of the warm-up brings about, comes after the warm-up's last step.
         self._warm_up.see(step)
 
-    def _next_step(self, step: StepOutputs) -> wire.Step:
+    def _next_step(self, step: StepOutputs) -> wire.Step | PlainSteps | None:
         self.steps += 1
         self._loads[step.rank] = step.load
         mirror = self._mirrors.get(step.rank)
         if mirror is None:
             mirror = self._mirrors[step.rank] = BlockMirror()
-        return wire.step_of(self.steps, mirror.apply(step.events), step)
+        first_event = mirror.apply(step.events)
+        if not is_plain(step):
+            return wire.step_of(self.steps, first_event, step)
+        last = self._outbox.last
+        if isinstance(last, PlainSteps) and last.join(self.steps, step):
+            return None
+        return PlainSteps(self.steps, first_event, step)
 
     def push_blocks(self) -> None:
         """Queue the whole set of stored blocks, right behind the steps that it includes. For the socket's thread."""

@@ -92,7 +92,7 @@ class NixlTransfer:
             opened.agent.register(region.address, region_end(region) - region.address, region.kind, device)
         except (AgentError, PeerLost) as error:
             raise TransferError(
-                f"NIXL cannot register region {region.name!r} ({region.kind} memory): {error}"
+                f"NIXL cannot register region {region.name!r} ({region.kind} memory): {error}{_advice(region)}"
             ) from None
         self._regions[region.name] = region
 
@@ -167,6 +167,13 @@ class NixlTransfer:
         if threading.get_ident() != self._open.thread_id:
             raise RuntimeError("transfer nixl is used from another thread than the one that opened it")
         return self._open
+
+
+def _advice(region: Region) -> str:
+    """What it mostly is: NIXL's UCX without the CUDA runtime of its version takes any memory for the host's."""
+    if region.kind is not MemoryKind.CUDA:
+        return ""
+    return "; beside CUDA 12 it has to be the package nixl-cu12, beside CUDA 13 nixl-cu13"
 
 
 def _log_lane(peer: NixlPeer, own: PeerInfo) -> None:

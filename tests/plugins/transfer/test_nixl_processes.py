@@ -175,6 +175,24 @@ except TransferError as error:
     assert run("-c", program) == "True\n"
 
 
+def test_gpu_memory_without_cuda_is_refused_with_advice(tmp_path):
+    """As where NIXL's package is of another CUDA version than the machine's."""
+    program = f"""
+from trtserve.plugins.transfer.nixl import make_transfer
+from trtserve.plugins.transfer_api import MemoryKind, Region, TransferConfig, TransferError
+memory = bytearray(1 << 16)
+address = id(memory) & ~0xFFF
+transfer = make_transfer("nixl")
+transfer.open(TransferConfig("w", 1, {str(tmp_path)!r}, device="cuda:0"))
+try:
+    transfer.register(Region("keys", address, 1, 4096, 4096, MemoryKind.CUDA))
+except TransferError as error:
+    print("beside CUDA 13 nixl-cu13" in str(error))
+transfer.close()
+"""
+    assert run("-c", program) == "True\n"
+
+
 class Touch:
     """Makes a file when it is unpickled."""
 

@@ -156,7 +156,7 @@ def _with_own(rendered: bytes, headers: Headers, framing: bytes = _CHUNKED) -> b
 def find_path(send: Send) -> HypercornPath | None:
     """The way to the transport, or None where this is not hypercorn 0.18 speaking HTTP/1.1 with chunked bodies."""
     stream = getattr(send, "__self__", None)
-    if not isinstance(stream, HTTPStream):
+    if type(stream) is not HTTPStream:
         return None
     protocol = getattr(stream.send, "__self__", None)
     if type(protocol) is not Http1Protocol or type(protocol.connection) is not h11.Connection:

@@ -38,7 +38,7 @@ class DisconnectWatch:
         self._receive = receive
         self._left: Callable[[], None] | None = left
         stream = getattr(send, "__self__", None)
-        self._stream: Any = stream if isinstance(stream, HTTPStream) else None
+        self._stream: Any = stream if type(stream) is HTTPStream else None
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> DisconnectWatch:

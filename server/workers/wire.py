@@ -328,7 +328,7 @@ def step_of(number: int, first_event: int, outputs: StepOutputs) -> Step:
             request_ids.append(output.request_id)
             counts.append(len(output.token_ids))
             token_ids.extend(output.token_ids)
-        if has_detail(output):
+        if _has_detail(output):
             details.append(_detail_of(output))
     one_each = len(token_ids) == len(request_ids)
     return Step(
@@ -345,8 +345,7 @@ def step_of(number: int, first_event: int, outputs: StepOutputs) -> Step:
     )
 
 
-def has_detail(output: Output) -> bool:
-    """Whether it says more than tokens."""
+def _has_detail(output: Output) -> bool:
     return (
         output.finish_reason is not None
         or output.cached_tokens is not None

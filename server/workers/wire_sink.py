@@ -136,13 +136,13 @@ class WireSink:
         mirror = self._mirrors.get(step.rank)
         if mirror is None:
             mirror = self._mirrors[step.rank] = BlockMirror()
-        first_event = mirror.apply(step.events)
-        if not is_plain(step):
-            return wire.step_of(self.steps, first_event, step)
+        message = wire.step_of(self.steps, mirror.apply(step.events), step)
+        if not is_plain(message):
+            return message
         last = self._outbox.last
-        if isinstance(last, PlainSteps) and last.join(self.steps, step):
+        if isinstance(last, PlainSteps) and last.join(message):
             return None
-        return PlainSteps(self.steps, first_event, step)
+        return PlainSteps(message)
 
     def push_blocks(self) -> None:
         """Queue the whole set of stored blocks, right behind the steps that it includes. For the socket's thread."""

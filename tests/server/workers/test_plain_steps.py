@@ -91,9 +91,13 @@ def test_joined_or_not_the_server_hears_the_same(steps, taken_after):
     assert heard(joined) == heard(one_by_one)
 
 
+def packed(number, step):
+    return wire.step_of(number, 3, step)
+
+
 def test_steps_of_the_same_requests_are_one():
-    steps = PlainSteps(7, 3, plain((1, 10), (2, 20)))
-    assert steps.join(8, plain((1, 11), (2, 21), free_blocks=4))
+    steps = PlainSteps(packed(7, plain((1, 10), (2, 20))))
+    assert steps.join(packed(8, plain((1, 11), (2, 21), free_blocks=4)))
     message = steps.message()
     assert (message.number, message.first_event, message.load.free_blocks) == (8, 3, 4)
     assert memoryview(message.token_ids).cast("i").tolist() == [10, 11, 20, 21]
@@ -102,22 +106,25 @@ def test_steps_of_the_same_requests_are_one():
 
 @pytest.mark.parametrize("other", [plain((1, 11)), plain((2, 21), (1, 11)), plain((1, 11), (2, 21), rank=1)])
 def test_steps_of_others_are_not(other):
-    steps = PlainSteps(7, 3, plain((1, 10), (2, 20)))
-    assert not steps.join(8, other)
+    steps = PlainSteps(packed(7, plain((1, 10), (2, 20))))
+    assert not steps.join(packed(8, other))
     assert steps.message() == wire.step_of(7, 3, plain((1, 10), (2, 20)))
 
 
 def test_so_many_join_and_no_more():
-    steps = PlainSteps(1, 0, plain((1, 1)))
-    assert [steps.join(number, plain((1, number))) for number in range(2, 70)] == [True] * 63 + [False] * 5
+    steps = PlainSteps(packed(1, plain((1, 1))))
+    assert [steps.join(packed(number, plain((1, number)))) for number in range(2, 70)] == [True] * 63 + [False] * 5
 
 
 def test_a_prompt_or_anything_rare_makes_a_step_of_its_own():
-    assert is_plain(plain((1, 1)))
-    load = WorkerLoad()
-    assert not is_plain(StepOutputs([Output(RequestId(1), [1])], load, (), PassStats(0.005, 9, 1, 9)))
-    assert not is_plain(StepOutputs([Output(RequestId(1), [1])], load))
-    assert not is_plain(StepOutputs([Output(RequestId(1), [1])], load, (KVRemoved(()),), DECODE))
-    assert not is_plain(StepOutputs([Output(RequestId(1), [1], FinishReason.LENGTH)], load, (), DECODE))
-    assert not is_plain(StepOutputs([Output(RequestId(1))], load, (), DECODE))
-    assert not is_plain(StepOutputs([], load, (), DECODE))
+    def joins(*outputs, events=(), stats=DECODE):
+        return is_plain(packed(1, StepOutputs(outputs, WorkerLoad(), events, stats)))
+
+    assert joins(Output(RequestId(1), [1]))
+    assert not joins(Output(RequestId(1), [1]), stats=PassStats(0.005, 9, 1, 9))
+    assert not joins(Output(RequestId(1), [1]), stats=None)
+    assert not joins(Output(RequestId(1), [1]), events=(KVRemoved(()),))
+    assert not joins(Output(RequestId(1), [1], FinishReason.LENGTH))
+    assert not joins(Output(RequestId(1), [1, 2]))
+    assert not joins(Output(RequestId(1)))
+    assert not joins()

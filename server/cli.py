@@ -127,7 +127,7 @@ def _worker(arguments: list[str]) -> int:
 
 def _alone(command: str, given: list[str]) -> int:
     if given[0] in ("-h", "--help"):
-        print(f"trtserve {command}: {_ALONE[command]}")
+        say(f"trtserve {command}: {_ALONE[command]}")
         return ExitCode.OK
     raise SettingsError(f"{command} takes no arguments, and {given[0]} was given")
 

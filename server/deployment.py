@@ -18,6 +18,7 @@ from trtserve.plugins.routing_api import PolicyConfig, RoutingPolicy
 from trtserve.server.engine_plans import describe_engine, gpus_of_workers, plan_engines
 from trtserve.server.workers.engine_config import VISIBLE_GPUS
 from trtserve.server.workers.token import given_token
+from trtserve.settings.dry_run import resolved_settings, yaml_lines
 from trtserve.settings.errors import SettingsError
 from trtserve.settings.schema import RoleSettings, Settings
 
@@ -156,12 +157,11 @@ def _plugins_of(settings: Settings) -> list[tuple[str, str]]:
 
 def describe_plan(settings: Settings, plan: Plan) -> str:
     """What --dry-run prints: the resolved settings, then processes and ports. YAML, so it can be used as --config."""
-    resolved = settings.model_dump(mode="json", exclude={"dry_run", "api_key", "worker_token"}, exclude_none=True)
-    resolved["engine_options"] = dict(plan.engine_options)
+    resolved = resolved_settings(settings, plan.engine_options)
     for role in ("prefill", "decode"):
         if getattr(settings, role) == RoleSettings():
             del resolved[role]
-    lines = [f"{name}: {json.dumps(value)}" for name, value in resolved.items()]
+    lines = yaml_lines(resolved)
     endpoint = settings.worker_endpoint or "ipc:// in a private folder"
     lines += [
         "",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import signal
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from trtserve.plugins.api import Engine, Role, WorkerId
 from trtserve.plugins.manager import PluginManager
+from trtserve.server.console import say
 from trtserve.server.exit_codes import ExitCode
 from trtserve.server.memory import settle
 from trtserve.server.model.folder import ModelFolder, open_folder
@@ -20,6 +20,7 @@ from trtserve.server.workers.kv_setup import exchange_options
 from trtserve.server.workers.orphan import die_with_parent
 from trtserve.server.workers.token import worker_token
 from trtserve.server.workers.worker import Worker, WorkerIdentity
+from trtserve.settings.dry_run import resolved_settings, yaml_lines
 from trtserve.settings.schema import WorkerSettings
 
 
@@ -33,7 +34,7 @@ def run_worker(settings: WorkerSettings) -> int:
     manager = PluginManager()
     settings = with_engine_defaults(settings, manager)
     if settings.dry_run:
-        print(_describe(settings, manager))
+        say(_describe(settings, manager))
         return ExitCode.OK
     folder = _model_folder(settings)
     config = engine_config(settings, settings.engine_role or settings.role, str(folder.path), manager)
@@ -54,11 +55,9 @@ def run_worker(settings: WorkerSettings) -> int:
 def _describe(settings: WorkerSettings, manager: PluginManager) -> str:
     """What --dry-run prints, as the server does: YAML that can be used as --config."""
     config = engine_config(settings, settings.engine_role or settings.role, settings.model, manager)
-    resolved = settings.model_dump(mode="json", exclude={"dry_run", "api_key", "worker_token"}, exclude_none=True)
-    resolved["engine_options"] = dict(config.options)
     return "\n".join(
         [
-            *(f"{name}: {json.dumps(value)}" for name, value in resolved.items()),
+            *yaml_lines(resolved_settings(settings, config.options)),
             *("", "# processes"),
             f"#   {settings.worker_id}   role {settings.role}, engine {settings.engine}, to {settings.connect}",
         ]
